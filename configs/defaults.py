@@ -1,0 +1,158 @@
+"""Defaults of the two kinds of config; every file beside this one starts from one of them and states what differs.
+
+Fields keep the published names. `utils/config.py` says which values each accepts.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def autoencoder_config(img_size):
+    """Stage 1, the mollified diffusion autoencoder, with the values of the 128² model (METHOD, hyperparameters).
+
+    img_size is a reference: q_sample (a quarter of the pixels) follows it when it is overridden on the command line.
+    """
+    img_size = FieldReference(img_size)
+    config = ConfigDict()
+
+    config.run = run = ConfigDict()
+    run.name = "infty_diff"  # the wandb project
+    run.experiment = "autoencoder"  # the folder below output_dir, and the wandb run
+    run.output_dir = "checkpoints"
+    run.wandb_dir = "."
+    run.wandb_mode = "disabled"  # online, offline, disabled
+    run.device = "auto"  # auto, cpu, cuda, cuda:1, ...
+    run.seed = 0
+
+    config.data = data = ConfigDict()
+    data.name = "photos"  # photos, folder, ffhq, celeba, churches
+    data.root_dir = ""
+    data.img_size = img_size
+    data.channels = 3
+    data.fid_samples = 50_000
+    data.num_workers = 8
+
+    config.train = train = ConfigDict()
+    train.load_checkpoint = True
+    train.amp = True
+    train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
+    train.compile = False
+    train.batch_size = 16
+    train.sample_size = 16
+    train.max_steps = 1_000_000
+    train.plot_graph_steps = 100
+    train.plot_samples_steps = 5_000
+    train.validate_steps = 5_000
+    train.checkpoint_steps = 5_000
+    train.ema_update_every = 10
+    train.ema_decay = 0.995
+
+    config.model = model = ConfigDict()
+    model.nf = 64
+    model.time_emb_dim = 256
+    model.num_conv_blocks = 3
+    model.knn_neighbours = 3
+    model.depthwise_sparse = True
+    model.kernel_size = 7
+    model.backend = "auto"  # auto, torch_dense, numba, triton, torchsparse, spconv
+    model.attention = "auto"  # auto, sdpa, flash_attn
+    model.uno_res = 64
+    model.uno_base_channels = 64
+    model.uno_mults = (1, 2, 4, 8)
+    model.uno_blocks_per_level = (2, 2, 2, 2)
+    model.uno_attn_resolutions = (16, 8)
+    model.uno_dropout_from_resolution = 16
+    model.uno_dropout = 0.1
+    model.uno_conv_type = "conv"  # conv, spectral
+    model.z_dim = 256
+    model.learn_sigma = False
+    model.sigma_small = False
+    model.stochastic_encoding = False
+    model.kld_weight = 1e-4
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.steps = 1000
+    diffusion.noise_schedule = "cosine"  # cosine, linear, shifted_cosine, const0.008
+    diffusion.schedule_sampler = "uniform"  # uniform, loss-second-moment
+    diffusion.loss_type = "mse"  # mse, l1, rescaled_mse
+    diffusion.gaussian_filter_std = 1.0  # sigma of the mollifier, in pixels at img_size
+    diffusion.mollifier_type = "dct"  # dct, none
+    diffusion.model_mean_type = "mollified_epsilon"  # mollified_epsilon, epsilon, v, xstart
+    diffusion.precondition = False
+    diffusion.multiscale_loss = False
+    diffusion.multiscale_max_img_size = 32
+
+    config.mc_integral = mc_integral = ConfigDict()
+    mc_integral.type = "uniform"  # uniform, halton, stratified
+    mc_integral.q_sample = img_size * img_size // 4
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.adam_beta1 = 0.9
+    optimizer.adam_beta2 = 0.99
+    optimizer.warmup_steps = 0
+    optimizer.decay = "none"  # none, cosine (to zero at train.max_steps)
+    optimizer.clip_gradient_norm = 1.0
+    optimizer.gradient_skip = False
+    optimizer.gradient_skip_threshold = 500.0
+    return config
+
+
+def latent_config():
+    """Stage 2, the diffusion model over latents, with the published values (METHOD, hyperparameters).
+
+    The data set and the autoencoder come from --decoder_config; here data only says how many samples to make.
+    """
+    config = ConfigDict()
+
+    config.run = run = ConfigDict()
+    run.name = "infty_diff"
+    run.experiment = "latent"
+    run.output_dir = "checkpoints"
+    run.wandb_dir = "."
+    run.wandb_mode = "disabled"
+    run.device = "auto"
+    run.seed = 0
+
+    config.data = data = ConfigDict()
+    data.fid_samples = 50_000
+
+    config.train = train = ConfigDict()
+    train.load_checkpoint = True
+    train.amp = True
+    train.precision = "auto"
+    train.compile = False
+    train.batch_size = 256
+    train.sample_size = 16
+    train.max_steps = 1_000_000
+    train.plot_graph_steps = 100
+    train.plot_samples_steps = 10_000
+    train.validate_steps = 1_000
+    train.checkpoint_steps = 5_000
+    train.ema_update_every = 10
+    train.ema_decay = 0.995
+
+    config.model = model = ConfigDict()
+    model.z_dim = 256
+    model.num_layers = 10
+    model.hidden_dim = 2048
+    model.time_emb_dim = 128
+    model.dropout = 0.0
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.steps = 1000
+    diffusion.noise_schedule = "const0.008"
+    diffusion.schedule_sampler = "uniform"
+    diffusion.loss_type = "l1"
+    diffusion.model_mean_type = "epsilon"
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.adam_beta1 = 0.9
+    optimizer.adam_beta2 = 0.99
+    optimizer.weight_decay = 0.04
+    optimizer.warmup_steps = 0
+    optimizer.decay = "none"  # none, cosine (to zero at train.max_steps)
+    optimizer.clip_gradient_norm = 1.0
+    optimizer.gradient_skip = False
+    optimizer.gradient_skip_threshold = 500.0
+    return config

@@ -1,0 +1,32 @@
+"""A small autoencoder for `make demo`: 32² windows of photographs, a few minutes on two CPU cores."""
+
+from configs.defaults import autoencoder_config
+
+
+def get_config():
+    config = autoencoder_config(img_size=32)
+    config.run.name = "demo"
+    config.run.experiment = "demo"
+    config.data.name = "photos"
+    config.data.num_workers = 0
+    config.train.batch_size = 16
+    config.train.sample_size = 64
+    config.train.max_steps = 4000
+    config.train.plot_graph_steps = 50
+    config.train.plot_samples_steps = 100_000
+    config.train.validate_steps = 500
+    config.train.checkpoint_steps = 500
+    config.model.nf = 32
+    config.model.time_emb_dim = 128
+    config.model.uno_res = 16
+    config.model.uno_base_channels = 32
+    config.model.uno_mults = (1, 2, 2)
+    config.model.uno_blocks_per_level = (1, 1, 1)
+    config.model.uno_attn_resolutions = (8,)
+    config.model.uno_dropout = 0.0
+    config.model.z_dim = 128
+    config.diffusion.precondition = True
+    config.mc_integral.type = "stratified"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    return config
