@@ -1,0 +1,45 @@
+"""Running the project's scripts as a user does, but within the test process: importing torch anew takes seconds."""
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_script(script, *arguments):
+    """Result of `python <script> <arguments>` from the project's root; an exception it does not handle is raised."""
+    known, path, argv = set(flags.FLAGS), list(sys.path), sys.argv
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [script, *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def only_line(result):
+    """The one line that a user's mistake prints; AssertionError if the script did anything else."""
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert result.code == 2, (result.code, result.err)
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    return lines[0]

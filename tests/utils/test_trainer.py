@@ -1,0 +1,210 @@
+"""The training loop on a problem with a known answer: resuming, averaging, skipping, stopping."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import tiny_config
+from utils import rng
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.logging import read_metrics
+from utils.trainer import Trainer, learning_rate
+
+
+class Counter:
+    """A part with state, which changes the loss: forgetting it on resuming would show."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def make_trainer(tmp_path, max_steps, loss=None, best=None, validate=None, experiment="run", **overrides):
+    config = tiny_config(tmp_path)
+    config.run.experiment = experiment
+    config.train.max_steps = max_steps
+    config.train.validate_steps = 2
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    torch.manual_seed(0)
+    modules = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))})
+    counter = Counter()
+
+    def regression(modules, batch, step):
+        counter.count += 1
+        error = (modules["net"](batch) - batch.sum(1, keepdim=True)).square().mean()
+        return {"loss": error * (1 + 0.1 * counter.count)}
+
+    def batches(start):
+        for step in itertools.count(start):
+            yield rng.randn((5, 3), rng.generator("cpu", "batch", step))
+
+    return Trainer(config, "autoencoder", modules, loss or regression, batches, validate or (lambda ema: {"v": 1.0}),
+                   lambda ema: {}, torch.device("cpu"), state={"counter": counter}, best=best)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_checkpoint(tmp_path, stop):
+    make_trainer(tmp_path / "whole", 7).train()
+    make_trainer(tmp_path / "parts", stop).train()
+    make_trainer(tmp_path / "parts", 7).train()
+    whole, parts = (load_checkpoint(tmp_path / name / "run" / "checkpoint.pt") for name in ("whole", "parts"))
+    for name in set(whole) - {"config"}:
+        assert equal(whole[name], parts[name]), name
+    losses = [[(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "run" / "metrics.jsonl")
+               if "loss" in line] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [2, 4, 6]
+
+
+def test_lines_after_the_checkpoint_are_written_again_not_twice(tmp_path):
+    make_trainer(tmp_path, 4).train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "loss": 123.0}\n{"step": 7, "lo')
+    make_trainer(tmp_path, 6).train()
+    steps = [line["step"] for line in read_metrics(path) if "loss" in line]
+    assert steps == [2, 4, 6] and "123.0" not in path.read_text()
+
+
+def test_it_learns_and_the_average_follows(tmp_path):
+    trainer = make_trainer(tmp_path, 400, optimizer__learning_rate=1e-2)
+    start = trainer.ema.modules.state_dict()
+    assert equal(start, trainer.modules.state_dict())
+    trainer.train()
+    lines = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    per_step = [loss / (1 + 0.1 * (2 * i + 1)) for i, loss in enumerate(lines)]
+    assert sum(per_step[-20:]) < 0.3 * sum(per_step[:20])
+    x = torch.eye(3)
+    torch.testing.assert_close(trainer.ema.modules["net"](x), trainer.modules.eval()["net"](x), atol=0.2, rtol=0.2)
+
+
+def test_no_overwriting_without_leave(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    with pytest.raises(UserError, match="train.load_checkpoint=False would overwrite"):
+        make_trainer(tmp_path, 4, train__load_checkpoint=False)
+
+
+def test_another_architecture_is_named(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    with pytest.raises(UserError, match="model.nf=8, the config has 16"):
+        make_trainer(tmp_path, 4, model__nf=16)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, bad):
+    make_trainer(tmp_path, 2).train()
+
+    def broken(modules, batch, step):
+        return {"loss": modules["net"](batch).sum() * (bad if step == 3 else 1.0)}
+
+    with pytest.raises(FloatingPointError, match="non-finite"):
+        make_trainer(tmp_path, 8, loss=broken).train()
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 2
+    assert all(torch.isfinite(value).all() for value in saved["modules"].values())
+
+
+def test_gradient_skip_leaves_out_large_and_undefined_gradients(tmp_path):
+    def rough(modules, batch, step):
+        return {"loss": modules["net"](batch).square().mean() * {1: 1e9, 3: math.nan}.get(step, 1.0)}
+
+    trainer = make_trainer(tmp_path, 8, loss=rough, optimizer__gradient_skip=True,
+                           optimizer__gradient_skip_threshold=1e4)
+    trainer.train()
+    assert trainer.skipped == 2
+    assert all(torch.isfinite(value).all() for value in trainer.modules.state_dict().values())
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["skipped"] == 2
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    def steep(modules, batch, step):
+        return {"loss": 1e6 * modules["net"](batch).mean()}
+
+    def moved(limit):
+        trainer = make_trainer(tmp_path / str(limit), 1, loss=steep, optimizer__clip_gradient_norm=limit)
+        norms = []
+        trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(torch.cat(
+            [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item()))
+        trainer.train()
+        return norms[0]
+
+    assert moved(1.0) == pytest.approx(1.0, rel=1e-3)
+    assert moved(0.0) > 1e4  # 0 turns clipping off
+
+
+def test_warm_up_scales_the_first_steps(tmp_path):
+    trainer = make_trainer(tmp_path, 6, optimizer__warmup_steps=4, optimizer__learning_rate=0.1)
+    rates = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_the_best_average_is_kept(tmp_path):
+    figures = iter([3.0, 1.0, 2.0])
+    trainer = make_trainer(tmp_path, 6, best="v", validate=lambda ema: {"v": next(figures)})
+    trainer.train()
+    best = load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")
+    assert best["step"] == 4 and best["value"] == 1.0
+    figures = iter([1.5, 0.5])
+    make_trainer(tmp_path, 10, best="v", validate=lambda ema: {"v": next(figures)}).train()
+    assert load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")["step"] == 10
+
+
+def test_validation_sees_the_average_in_eval_mode_without_gradients(tmp_path):
+    seen = []
+
+    def validate(ema):
+        seen.append((ema.training, ema["net"][0].weight.requires_grad, torch.is_grad_enabled()))
+        return {"v": 0.0}
+
+    trainer = make_trainer(tmp_path, 2, validate=validate)
+    trainer.train()
+    assert seen == [(False, False, False)] and trainer.modules.training
+
+
+def test_cosine_decay_goes_from_the_full_rate_to_zero():
+    config = tiny_config(".")
+    config.optimizer.learning_rate, config.optimizer.decay, config.train.max_steps = 0.1, "cosine", 100
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 50) == pytest.approx(0.05)
+    assert learning_rate(config, 99) < 1e-4
+    config.optimizer.decay = "none"
+    assert learning_rate(config, 99) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("amp, precision, expected", [(False, "bf16", torch.float32), (True, "bf16", torch.bfloat16),
+                                                      (True, "fp32", torch.float32)])
+def test_precision_reaches_the_network(tmp_path, amp, precision, expected):
+    seen = []
+
+    def loss(modules, batch, step):
+        seen.append(modules["net"](batch).dtype)
+        return {"loss": modules["net"](batch).square().mean()}
+
+    make_trainer(tmp_path, 1, loss=loss, train__amp=amp, train__precision=precision).train()
+    assert seen == [expected]
+
+
+def test_fp16_on_a_cpu_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="train.precision='fp16' needs a GPU"):
+        make_trainer(tmp_path, 1, train__precision="fp16")

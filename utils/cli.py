@@ -1,0 +1,48 @@
+"""How every script starts and ends: flags are parsed, main() runs, what went wrong is told in one line.
+
+Exit codes: 0 done · 1 a fault (a loss that is not finite, a full disk) · 2 a mistake of the user · 130 interrupted.
+"""
+
+import logging
+import sys
+
+from absl import app, flags
+
+from utils.errors import UserError
+
+
+def run(main):
+    """Parse the command line and call main()."""
+    app.define_help_flags()
+    try:
+        extra = flags.FLAGS(sys.argv)[1:]
+        if extra:
+            raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
+        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+        main()
+    except (flags.Error, UserError) as error:
+        _fail(str(error))
+    except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
+        if "ml_collections" not in _raised_in(error):
+            raise
+        _fail(f"unknown config field {error.args[0]}")
+    except OSError as error:  # a full disk; or how ml_collections reports a --config file that does not load
+        if "ml_collections" in _raised_in(error):
+            _fail(f"a config file could not be loaded: {error}")
+        _fail(str(error), code=1)
+    except FloatingPointError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint or image", code=130)
+
+
+def _raised_in(error):
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename
+
+
+def _fail(message, code=2):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,159 @@
+"""Reading and checking configs: which flags there are, which fields may stand in a config, and in which range.
+
+What a name may be (a data set, a schedule, a backend) is checked where the name is looked up.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_flags
+
+from configs.defaults import autoencoder_config, latent_config
+from utils.errors import UserError
+
+# Smallest value of every number; a number below it is a mistake.
+AT_LEAST = {
+    "run.seed": 0,
+    "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0,
+    "train.batch_size": 1, "train.sample_size": 1, "train.max_steps": 1, "train.plot_graph_steps": 1,
+    "train.plot_samples_steps": 1, "train.validate_steps": 1, "train.checkpoint_steps": 1,
+    "train.ema_update_every": 1, "train.ema_decay": 0.0,
+    "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
+    "model.kernel_size": 1, "model.uno_res": 1, "model.uno_base_channels": 1, "model.uno_dropout_from_resolution": 0,
+    "model.uno_dropout": 0.0, "model.z_dim": 1, "model.kld_weight": 0.0,
+    "model.num_layers": 1, "model.hidden_dim": 1, "model.dropout": 0.0,
+    "diffusion.steps": 1, "diffusion.gaussian_filter_std": 0.0, "diffusion.multiscale_max_img_size": 8,
+    "mc_integral.q_sample": 1,
+    "optimizer.learning_rate": 0.0, "optimizer.adam_beta1": 0.0, "optimizer.adam_beta2": 0.0,
+    "optimizer.weight_decay": 0.0, "optimizer.warmup_steps": 0, "optimizer.clip_gradient_norm": 0.0,
+    "optimizer.gradient_skip_threshold": 0.0,
+}
+BELOW = {"train.ema_decay": 1.0, "model.uno_dropout": 1.0, "model.dropout": 1.0, "optimizer.adam_beta1": 1.0,
+         "optimizer.adam_beta2": 1.0}
+ONE_OF = {
+    "run.wandb_mode": ("online", "offline", "disabled"),
+    "optimizer.decay": ("none", "cosine"),
+    "train.precision": ("auto", "bf16", "fp16", "fp32"),
+    "data.channels": (1, 3),
+    "mc_integral.type": ("uniform", "halton", "stratified"),
+}
+
+
+def define_config_flag(name, what):
+    """--<name>=configs/<file>.py, with --<name>.<section>.<field>=value for every field."""
+    return config_flags.DEFINE_config_file(name, None, what)
+
+
+def read_autoencoder_config(flag):
+    """The checked stage-1 config of a flag; UserError where it is missing or holds a mistake."""
+    config = _given(flag)
+    if "mc_integral" not in config:
+        raise UserError(f"--{flag.name} is not an autoencoder config (it has no mc_integral section); "
+                        "give one such as configs/ffhq_256_config.py")
+    _check(config, autoencoder_config(64), flag.name)
+    pixels, q_sample = config.data.img_size ** 2, config.mc_integral.q_sample
+    if not config.model.knn_neighbours <= q_sample <= pixels:
+        raise UserError(f"{flag.name}.mc_integral.q_sample={q_sample} must lie between {config.model.knn_neighbours}, "
+                        f"model.knn_neighbours, and {pixels}, the pixels of data.img_size={config.data.img_size}")
+    if config.model.kernel_size % 2 == 0:
+        raise UserError(f"{flag.name}.model.kernel_size={config.model.kernel_size} must be odd")
+    return config
+
+
+def read_latent_config(flag):
+    """The checked stage-2 config of a flag; UserError where it is missing or holds a mistake."""
+    config = _given(flag)
+    if "mc_integral" in config:
+        raise UserError(f"--{flag.name} is an autoencoder config (it has a mc_integral section); "
+                        "give a latent config such as configs/ffhq_latent_config.py")
+    _check(config, latent_config(), flag.name)
+    return config
+
+
+def check_same_latent(config, decoder_config):
+    """The latent model and the autoencoder must agree on the length of z."""
+    if config.model.z_dim != decoder_config.model.z_dim:
+        raise UserError(f"config.model.z_dim={config.model.z_dim} differs from decoder_config.model.z_dim="
+                        f"{decoder_config.model.z_dim}; set both to the one the autoencoder was trained with")
+
+
+def run_dir(config):
+    """Folder of a run, <output_dir>/<experiment>."""
+    return Path(config.run.output_dir) / config.run.experiment
+
+
+def write_config(config, path):
+    """The config as indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def parse_image_size(text, default):
+    """(H, W) from "256", "192x256" or None, which means default x default."""
+    if text is None:
+        return default, default
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 16:
+        raise UserError(f"--sample_img_size={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
+    return size
+
+
+def _given(flag):
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing; give a config file such as --{flag.name} configs/demo_config.py")
+    return flag.value
+
+
+def _check(config, defaults, flag_name):
+    for name, value in _leaves(config):
+        default = _lookup(defaults, name)
+        where = f"{flag_name}.{name}={value!r}"
+        if default is None:
+            near = difflib.get_close_matches(name, [known for known, _ in _leaves(defaults)], n=1)
+            raise UserError(f"{where} is not a known field" + (f"; did you mean {near[0]}?" if near else ""))
+        if not _same_type(value, default):
+            raise UserError(f"{where} must be of type {type(default).__name__}")
+        if name in AT_LEAST and not value >= AT_LEAST[name]:
+            raise UserError(f"{where} must be at least {AT_LEAST[name]}")
+        if name in BELOW and not value < BELOW[name]:
+            raise UserError(f"{where} must be below {BELOW[name]}")
+        if name in ONE_OF and value not in ONE_OF[name]:
+            raise UserError(f"{where} must be one of {', '.join(map(str, ONE_OF[name]))}")
+    missing = [name for name, _ in _leaves(defaults) if _lookup(config, name) is None]
+    if missing:
+        raise UserError(f"--{flag_name} lacks {missing[0]}; start from a function of configs/defaults.py")
+    experiment = config.run.experiment
+    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise UserError(f"{flag_name}.run.experiment={experiment!r} must be the name of a folder below run.output_dir")
+
+
+def _leaves(config, prefix=""):
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _lookup(config, name):
+    for key in name.split("."):
+        if not isinstance(config, ConfigDict) or key not in config:
+            return None
+        config = config[key]
+    return config
+
+
+def _same_type(value, default):
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(isinstance(item, int) for item in value)
+    return isinstance(value, type(default))
+
+

@@ -1,0 +1,59 @@
+"""The device and the arithmetic a run uses, from the config."""
+
+import contextlib
+import functools
+
+import torch
+
+from utils.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_device(name):
+    """torch.device of run.device: auto takes the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"run.device={name!r} must be auto, cpu, cuda or cuda:<number>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"run.device={name!r} is not on this machine ({torch.cuda.device_count()} GPUs found); "
+                        "use run.device=auto")
+    return device
+
+
+def resolve_dtype(train, device):
+    """Autocast dtype of the train section: `precision`, or float32 where `amp` is off.
+
+    auto takes bf16 where the hardware has it (also CPUs with avx512_bf16 or amx), else fp16 on a GPU, else float32.
+    """
+    if not train.amp:
+        return torch.float32
+    if train.precision == "auto":
+        return DTYPES[_best_precision(device)]
+    if train.precision == "fp16" and device.type == "cpu":
+        raise UserError("train.precision='fp16' needs a GPU; on a CPU use bf16, fp32 or auto")
+    return DTYPES[train.precision]
+
+
+def _best_precision(device):
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+@functools.cache
+def _cpu_has_bf16():
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in some builds of torch
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def autocast(device, dtype):
+    """Context of mixed precision: torch.autocast, or nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

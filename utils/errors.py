@@ -1,0 +1,8 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """A mistake in a config, a command line or the data. Scripts print its one line and exit with code 2.
+
+    The message names the field, its value, what is allowed and what to do.
+    """

@@ -1,0 +1,59 @@
+"""Statistics of real images on disk, so that a data set of 70,000 images is put through a network once."""
+
+import hashlib
+import logging
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.metrics import Statistics
+
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+
+
+def cached_statistics(folder, label, key, compute):
+    """The Statistics stored for `key` in `folder`, or those of compute(), which are then stored.
+
+    label  start of the file's name, for people
+    key    printable; everything the statistics depend on. Another key is another file; a file that is damaged or
+           belongs to another key is written anew.
+    """
+    path = Path(folder) / f"{label}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
+    found = _read(path, repr(key))
+    if found is not None:
+        logging.info("statistics of the real images from %s", path)
+        return found
+    made = compute()
+    try:
+        _write(path, repr(key), made)
+    except OSError as error:  # the score is still good
+        logging.warning("statistics of the real images could not be kept in %s: %s", path, error)
+    return made
+
+
+def _read(path, key):
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if str(archive["key"]) != key:
+                return None
+            found = Statistics(archive["mean"], archive["covariance"], int(archive["count"]), archive["features"])
+    except UNREADABLE:
+        return None
+    width = len(found.mean)
+    if found.covariance.shape != (width, width) or found.features.shape[1:] != (width,):
+        return None
+    return found
+
+
+def _write(path, key, statistics):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, key=key, **statistics._asdict())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

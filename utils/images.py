@@ -1,0 +1,44 @@
+"""Tensors to pictures."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def to_uint8(images):
+    """[-1, 1] float [..., C, H, W] to 8 bits, rounded (not floored) and clipped, on the CPU."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def to_pil(image):
+    """One uint8 image [C, H, W] (1 or 3 channels) as a Pillow image."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else np.ascontiguousarray(array))
+
+
+def save_png(image, path):
+    """Write one uint8 image [C, H, W]; the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    to_pil(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def read_image(path):
+    """uint8 [C, H, W] of an image file as it is stored: 1 channel if it is grey, else RGB."""
+    with Image.open(path) as image:
+        array = np.array(image if image.mode == "L" else image.convert("RGB"))
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+
+def tile(images, columns):
+    """uint8 images [N, C, H, W] as one image [C, rows · H, columns · W]; missing places are white."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = images.new_full((rows * columns, channels, height, width), 255)
+    sheet[:count] = images
+    sheet = sheet.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    return sheet.reshape(channels, rows * height, columns * width)

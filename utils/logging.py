@@ -1,0 +1,71 @@
+"""Where numbers and pictures of a run go: metrics.jsonl, images/, and wandb if asked for."""
+
+import json
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.images import save_png
+
+
+class RunLog:
+    """The log of one run folder. `step` is the one the run continues from; later lines are dropped, they will be
+    written again (a run killed after its last checkpoint has logged steps that it is going to repeat)."""
+
+    def __init__(self, folder, config, step=0):
+        self.folder = Path(folder)
+        self.metrics = self.folder / "metrics.jsonl"
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.wandb = _start_wandb(config)
+
+    def numbers(self, step, values):
+        """One line of metrics: step and floats."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def picture(self, step, name, image):
+        """One uint8 image [C, H, W], to images/<name>_<step>.png."""
+        path = self.folder / "images" / f"{name}_{step:07d}.png"
+        save_png(image, path)
+        if self.wandb:
+            import wandb
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(path):
+    """Lines of a metrics.jsonl as dicts; a last line cut short by a kill is left out."""
+    path = Path(path)
+    lines = path.read_text().splitlines() if path.exists() else []
+    result = []
+    for line in lines:
+        try:
+            result.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return result
+
+
+def check_wandb(run):
+    """UserError if wandb is wanted online and nobody is logged in (wandb itself would wait for a key)."""
+    if run.wandb_mode == "online":
+        import wandb
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError("run.wandb_mode='online' but no wandb login was found; run `wandb login` first, "
+                            "or set run.wandb_mode to offline or disabled")
+
+
+def _start_wandb(config):
+    run = config.run
+    if run.wandb_mode == "disabled":
+        return None
+    check_wandb(run)
+    import wandb  # slow to import, and not needed by most runs
+    return wandb.init(project=run.name, name=run.experiment, id=run.experiment.replace("/", "-"), resume="allow",
+                      dir=run.wandb_dir, mode=run.wandb_mode, config=config.to_dict())

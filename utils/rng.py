@@ -1,0 +1,42 @@
+"""Randomness as a pure function of what it is for: (seed, purpose, step, global sample index).
+
+A sample draws the same numbers whatever its batch, its process, or where the run was interrupted.
+"""
+
+import hashlib
+
+import torch
+
+
+def seed_of(*keys):
+    """63-bit seed from any printable keys, for example seed_of(config.run.seed, "noise", step, index)."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(device, *keys):
+    """One torch.Generator on `device` for the given keys."""
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+def sample_generators(device, indices, *keys):
+    """One generator per sample: a list as long as `indices`, each a function of (keys, its global index) alone."""
+    return [generator(device, *keys, int(index)) for index in indices]
+
+
+def _draw(make, shape, generator, device):
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}; one per sample is needed")
+        return torch.stack([make(shape[1:], generator=one, device=device) for one in generator])
+    return make(shape, generator=generator, device=device)
+
+
+def rand(shape, generator=None, device=None):
+    """Uniform [0, 1) float32 of `shape` [B, ...]; a list of B generators draws every sample from its own."""
+    return _draw(torch.rand, shape, generator, device)
+
+
+def randn(shape, generator=None, device=None):
+    """Standard normal float32 of `shape` [B, ...]; a list of B generators draws every sample from its own."""
+    return _draw(torch.randn, shape, generator, device)

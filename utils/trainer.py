@@ -1,0 +1,184 @@
+"""The one training loop. It knows steps, optimisers, averages, files and progress, and no model."""
+
+import math
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from utils import rng
+from utils.checkpoint import check_same_architecture, load_checkpoint, load_weights, save_checkpoint
+from utils.config import run_dir, write_config
+from utils.device import autocast, resolve_dtype
+from utils.ema import EMA
+from utils.errors import UserError
+from utils.logging import RunLog
+
+
+class Trainer:
+    """Trains `modules` until train.max_steps, from the newest checkpoint of the run if there is one.
+
+    config      the whole config; sections run, train and optimizer act here
+    kind        "autoencoder" or "latent": the first word of a checkpoint, and of its errors
+    modules     nn.ModuleDict of all that is trained
+    loss        (modules, batch, step) -> {"loss": scalar tensor, ...}; other entries are logged
+    batches     first step -> iterator of batches, one a step
+    validate    EMA modules -> {name: float}; logged every validate_steps
+    plot        (EMA modules) -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
+    state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
+    facts       plain data that those who load the checkpoint need (for example latent statistics)
+    filename    name of the checkpoint in the run's folder
+    best        name of a validation figure; the EMA weights with the smallest one are kept in best_<filename>
+
+    A run that stops at any step and starts again with the same command gives the same weights as one that did not
+    stop: batches and random draws are functions of the step, all else is in the checkpoint.
+    """
+
+    def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None, facts=None,
+                 filename="checkpoint.pt", best=None):
+        self.config, self.kind, self.device = config, kind, device
+        self.modules = modules.to(device).train()
+        self.loss, self.batches, self.validate, self.plot = loss, batches, validate, plot
+        self.state, self.facts, self.best = state or {}, facts or {}, best
+        self.folder = run_dir(config)
+        self.path = self.folder / filename
+        self.best_path = self.folder / f"best_{filename}"
+
+        train, optimizer = config.train, config.optimizer
+        self.dtype = resolve_dtype(train, device)
+        self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
+        self.optimizer = torch.optim.AdamW(
+            self.modules.parameters(), lr=optimizer.learning_rate, betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            weight_decay=optimizer.get("weight_decay", 0.0), fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.step = 0
+        self.skipped = 0  # updates left out by optimizer.gradient_skip
+        self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self):
+        if not self.config.train.load_checkpoint:
+            raise UserError(f"{self.path} exists and train.load_checkpoint=False would overwrite it; "
+                            "set another run.experiment, or train.load_checkpoint=True to go on with it")
+        saved = load_checkpoint(self.path, self.kind)
+        check_same_architecture(saved["config"], self.config.to_dict(), self.path)
+        load_weights(self.modules, saved["modules"], self.path)
+        load_weights(self.ema.modules, saved["ema"], self.path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for name, part in self.state.items():
+            part.load_state_dict(saved["state"][name])
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
+
+    def train(self):
+        """Run to train.max_steps; validation, pictures and checkpoints come at their intervals and at the end."""
+        train = self.config.train
+        log = RunLog(self.folder, self.config, self.step)
+        write_config(self.config, self.folder / "config.json")
+        progress = tqdm(total=train.max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05)
+        batches = self.batches(self.step) if self.step < train.max_steps else None
+        started = time.monotonic()
+        while self.step < train.max_steps:
+            self.training_step(next(batches))
+            progress.update()
+            last = self.step == train.max_steps
+            if self.step % train.plot_graph_steps == 0:
+                averages = self._averages()
+                progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
+                log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2)})
+            if last or self.step % train.validate_steps == 0:
+                log.numbers(self.step, self._validate())
+            if last or self.step % train.plot_samples_steps == 0:
+                for name, image in self._evaluate(self.plot).items():
+                    log.picture(self.step, name, image)
+            if last or self.step % train.checkpoint_steps == 0:
+                self.save()
+        progress.close()
+        log.close()
+
+    def training_step(self, batch):
+        """One update; its metrics are added to those since the last log line."""
+        optimizer = self.config.optimizer
+        self.modules.train()
+        # Dropout is the only user of the global generator; seeded by the step it does not depend on interruptions.
+        torch.manual_seed(rng.seed_of(self.config.run.seed, self.kind, "dropout", self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+
+        with autocast(self.device, self.dtype):
+            metrics = self.loss(self.modules, batch, self.step)
+        self.scaler.scale(metrics["loss"]).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = optimizer.clip_gradient_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
+        # `not <=` rather than `>`: a norm that is not a number is skipped too
+        if optimizer.gradient_skip and not norm.item() <= optimizer.gradient_skip_threshold:
+            self.skipped += 1
+        else:
+            self.scaler.step(self.optimizer)
+            self._accumulate({**metrics, "gradient_norm": norm})
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.step)
+
+    def save(self):
+        """Write the checkpoint; refused while the loss is not finite, so that the last good one stays."""
+        self._check_finite()
+        save_checkpoint(self.path, {
+            **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "state": {name: part.state_dict() for name, part in self.state.items()},
+            "sums": self.sums, "skipped": self.skipped,
+        })
+
+    def _header(self):
+        return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts}
+
+    def _validate(self):
+        figures = self._evaluate(self.validate)
+        if self.best and figures[self.best] < self._best_so_far():
+            save_checkpoint(self.best_path, {**self._header(), "ema": self.ema.modules.state_dict(),
+                                             "value": figures[self.best]})
+        return figures
+
+    def _best_so_far(self):
+        """The figure of the best checkpoint; one from a later step is of a run that this one repeats or replaces."""
+        if not self.best_path.exists():
+            return math.inf
+        best = load_checkpoint(self.best_path, self.kind)
+        return best["value"] if best["step"] < self.step else math.inf
+
+    def _evaluate(self, function):
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            return function(self.ema.modules)
+
+    def _accumulate(self, metrics):
+        for name, value in {**metrics, "steps": torch.ones((), device=self.device)}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+    def _averages(self):
+        self._check_finite()
+        steps = self.sums.pop("steps", 1)  # absent if every step was skipped; then there is nothing to average
+        averages = {name: (value / steps).item() for name, value in self.sums.items()}
+        self.sums = {}
+        return {**averages, "skipped": self.skipped} if self.config.optimizer.gradient_skip else averages
+
+    def _check_finite(self):
+        loss = self.sums.get("loss")
+        if loss is not None and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became non-finite within the {int(self.sums['steps'])} steps before step {self.step}; "
+                f"{self.path} still holds the last good state. Lower optimizer.learning_rate, set "
+                "train.precision=fp32 or use optimizer.gradient_skip")
+
+
+def learning_rate(config, step):
+    """Learning rate of a step (the first is 0): a linear rise over optimizer.warmup_steps, then optimizer.decay."""
+    optimizer = config.optimizer
+    rise = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+    fall = 0.5 * (1 + math.cos(math.pi * step / config.train.max_steps)) if optimizer.decay == "cosine" else 1.0
+    return optimizer.learning_rate * rise * fall
