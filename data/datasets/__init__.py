@@ -1,0 +1,32 @@
+"""The registry of data sets."""
+
+from data.datasets.celeba import CelebA
+from data.datasets.churches import Churches
+from data.datasets.ffhq import FFHQ
+from data.datasets.folder import Folder
+from data.datasets.photos import Photos
+from data.datasets.prepared import Prepared, is_lmdb
+from utils.errors import UserError
+
+DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches)}
+
+
+def build_dataset(config, train, img_size=None):
+    """The training or the held-out images of a stage-1 config.
+
+    img_size   int or (H, W), in place of config.data.img_size
+    Returns an ImageDataset, whose items are uint8 [C, H, W]. Where data.root_dir is an LMDB written by data/prepare.py,
+    the images come from there, whatever the data set. Raises UserError for every mistake in the config or the files.
+    """
+    data = config.data
+    size = data.img_size if img_size is None else img_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"data.img_size={size} must be a positive number of pixels, or two: (height, width)")
+    if data.channels not in (1, 3):
+        raise UserError(f"data.channels={data.channels} must be 1 (grey) or 3 (RGB)")
+    if data.name not in DATASETS:
+        raise UserError(f"data.name={data.name!r} is not one of {', '.join(DATASETS)}")
+    if is_lmdb(data.root_dir):
+        return Prepared(data.root_dir, train, size, data.channels, data.name)
+    return DATASETS[data.name](data.root_dir, train, size, data.channels)

@@ -1,0 +1,60 @@
+"""Reading LMDB files from any number of processes."""
+
+import os
+
+import lmdb
+
+from utils.errors import UserError
+
+_environments = {}  # path -> environment, open in this process
+
+
+def close(path):
+    """Close the LMDB folder if this process has it open; a reader of it opens it again."""
+    if os.path.abspath(path) in _environments:
+        _environments.pop(os.path.abspath(path)).close()
+
+
+def _close_all():
+    for path in list(_environments):
+        close(path)
+
+
+# A forked worker can neither use its parent's environment nor open a second one beside it, so none may be open then.
+if hasattr(os, "register_at_fork"):  # not where there is no fork
+    os.register_at_fork(before=_close_all)
+
+
+class LmdbReader:
+    """The records of the LMDB folder `path`, opened lazily, once per process. Raises UserError where it is damaged."""
+
+    def __init__(self, path):
+        self.path = os.path.abspath(path)
+        close(path)  # the file may have been replaced since it was opened
+
+    def get(self, key):
+        """Value of a key, or None."""
+        return self._read(lambda transaction: transaction.get(key))
+
+    def keys(self):
+        """All keys, in order. Values are not read."""
+        return self._read(lambda transaction: list(transaction.cursor().iternext(keys=True, values=False)))
+
+    def _read(self, query):
+        try:
+            if self.path not in _environments:
+                _environments[self.path] = _open(self.path)
+            with _environments[self.path].begin() as transaction:
+                return query(transaction)
+        except lmdb.Error as error:
+            raise UserError(f"'{self.path}' is not a sound LMDB ({error}); copy or prepare it again") from error
+
+
+def _open(path):
+    environment = lmdb.open(path, readonly=True, create=False, lock=False, readahead=False, meminit=False)
+    size = os.path.getsize(os.path.join(path, "data.mdb"))
+    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if size < expected:  # reading past the end would kill the process
+        environment.close()
+        raise lmdb.CorruptedError(f"data.mdb has {size:,} of {expected:,} bytes")
+    return environment

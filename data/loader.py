@@ -1,0 +1,85 @@
+"""Batches of a data set: the endless, resumable training stream, and one pass over everything.
+
+The training stream is a pure function of (seed, position): the global sample index p lies in epoch p // N and is item
+permutation(seed, epoch)[p % N], flipped or not by a coin of (seed, epoch, item). Nothing else (workers, processes,
+where a run was interrupted) enters.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from data.workers import map_in_workers
+from utils.errors import UserError
+from utils.rng import generator, seed_of
+
+
+class Batch(NamedTuple):
+    """images float32 [B, C, H, W] in [-1, 1] and the global sample index of each, int64 [B] (on the CPU)."""
+
+    images: torch.Tensor
+    index: torch.Tensor
+
+
+def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True, rank=0,
+                     world_size=1):
+    """Yield a `Batch` for step start_step, start_step + 1, ... without end; `augment` flips half of the images.
+
+    batch_size         of one step over all processes
+    rank, world_size   this process and their number; each gets every world_size-th sample of a step, in its own batch
+    """
+    if batch_size % world_size:
+        raise UserError(f"train.batch_size={batch_size} must be a multiple of the {world_size} processes")
+
+    def keys():
+        for step in itertools.count(start_step):
+            positions = range(step * batch_size + rank, (step + 1) * batch_size, world_size)
+            yield [(p, *training_item(len(dataset), seed, p, augment)) for p in positions]
+
+    for images, index in _load(dataset, keys(), num_workers, device):
+        yield Batch(images, index)
+
+
+def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False):
+    """Yield (images float32 [B, C, H, W] in [-1, 1], item indices int64 [B]) over the whole set once, in order.
+
+    mirrored   every image flipped from left to right, or none
+    The last batch may be smaller.
+    """
+    starts = range(0, len(dataset), batch_size)
+    keys = ([(i, i, mirrored) for i in range(start, min(start + batch_size, len(dataset)))] for start in starts)
+    yield from _load(dataset, keys, min(num_workers, len(starts)), device)
+
+
+def to_float(images):
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def training_item(count, seed, position, augment):
+    """(item, whether to flip it) at a position of the training stream over `count` items."""
+    epoch, place = divmod(position, count)
+    item = int(_permutation(count, seed, epoch)[place])
+    return item, augment and bool(seed_of(seed, "flip", epoch, item) & 1)
+
+
+@functools.lru_cache(maxsize=4)  # a batch may span epochs
+def _permutation(count, seed, epoch):
+    return torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
+
+
+def _load(dataset, batches_of_keys, num_workers, device):
+    """Yield (images on the device, float32; indices) for each list of (index, item, flipped)."""
+    device = torch.device(device)
+    whole = getattr(dataset, "dataset", dataset)  # of which a torch Subset is a part
+    workers = 0 if getattr(whole, "in_memory", False) else num_workers
+    fetch = functools.partial(_fetch, dataset)
+    for images, index in map_in_workers(fetch, batches_of_keys, workers, pin_memory=device.type == "cuda"):
+        yield to_float(images.to(device, non_blocking=True)), index  # 8 bits travel, not 32
+
+
+def _fetch(dataset, keys):
+    images = [dataset[item].flip(-1) if flipped else dataset[item] for _, item, flipped in keys]
+    return torch.stack(images), torch.tensor([index for index, _, _ in keys])

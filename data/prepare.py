@@ -1,0 +1,42 @@
+"""Turn any data set into one LMDB at one size, which every later run then reads instead of the files.
+
+    python data/prepare.py --config configs/ffhq_256_config.py --config.data.root_dir=/data/ffhq --output /data/ffhq_256
+
+Both parts, training and held-out, go in as PNG (lossless). Stopped at any time, even by SIGKILL, the same command goes
+on where it was; until it has finished, the LMDB is refused by whatever reads it. Afterwards give the output as
+--config.data.root_dir.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from data.datasets import build_dataset
+from data.lmdb_writer import write_prepared
+from utils import cli, config
+from utils.errors import UserError
+
+CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
+OUTPUT = flags.DEFINE_string("output", None, "folder of the LMDB")
+SIZE = flags.DEFINE_integer("size", None, "side of the images in pixels; default: data.img_size", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and encode", lower_bound=0)
+
+
+def main():
+    cfg = config.read_autoencoder_config(CONFIG)
+    if OUTPUT.value is None:
+        raise UserError("--output is missing; give the folder to write to")
+    train_set, held_out_set = (build_dataset(cfg, train, SIZE.value) for train in (True, False))
+    record = write_prepared(train_set, held_out_set, OUTPUT.value, WORKERS.value)
+    train, held_out = record["parts"]["train"], record["parts"]["held_out"]
+    skipped = sum(part["seen"] - part["stored"] for part in (train, held_out))
+    print(f"{OUTPUT.value}: {train['stored']} training and {held_out['stored']} held-out images, {skipped} unreadable; "
+          f"use it with --config.data.root_dir={OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
