@@ -1,0 +1,105 @@
+"""The diffusion autoencoder: the decoder denoises at coordinates, the encoder turns an image into a vector."""
+
+import torch
+from torch import nn
+
+from models.conditioning import TimeEmbedding
+from models.interpolation import grid_to_points, knn_to_grid
+from utils.rng import randn
+
+
+class PointsToGrid(nn.Module):
+    """Steps 1 to 3, which decoder and encoder share: Linear, sparse blocks, Linear, interpolation to the grid.
+
+    channels    of the values
+    width       nf, features of each point
+    blocks      sparse residual blocks
+    spec        models.grid_unet.GridSpec of the grid
+    neighbours  nearest points that each node of the grid averages
+    """
+
+    def __init__(self, channels, width, blocks, spec, neighbours):
+        super().__init__()
+        self.resolution, self.neighbours = spec.resolution, neighbours
+        self.linear_in = nn.Linear(channels, width)
+        self.blocks = nn.ModuleList(blocks)
+        self.linear_out = nn.Linear(width, spec.base_channels)
+
+    def forward(self, values, coords, t=None, z=None):
+        """values [B, L, C] -> (grid [B, base, G, G], outputs [B, L, nf] of the blocks)."""
+        x = self.linear_in(values)
+        skips = []
+        for block in self.blocks:
+            x = block(x, coords, t, z)
+            skips.append(x)
+        return knn_to_grid(self.linear_out(x), coords, self.resolution, self.neighbours), skips
+
+
+class SparseUNet(nn.Module):
+    """Decoder: the diffusion model f(x_t, t, z), at any set of coordinates of an image of any size.
+
+    channels      of the values, out_channels of the prediction (twice as many where it also predicts a variance)
+    width         nf, features of each point
+    num_blocks    sparse residual blocks on either side of the grid
+    make_block    () -> SparseBlock, with time_dim = time_emb_dim
+    grid_unet     GridUNet, with time_dim = time_emb_dim
+    neighbours    nearest points that each node of the grid averages
+    time_emb_dim  sinusoidal features of t, and length of its embedding
+    """
+
+    def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim):
+        super().__init__()
+        self.time = TimeEmbedding(time_emb_dim, time_emb_dim)
+        self.points_to_grid = PointsToGrid(
+            channels, width, (make_block() for _ in range(num_blocks)), grid_unet.spec, neighbours
+        )
+        self.grid_unet = grid_unet
+        self.linear_back = nn.Linear(grid_unet.spec.base_channels, width)
+        self.merges = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(make_block() for _ in range(num_blocks))
+        self.linear_out = nn.Linear(width, out_channels)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, values, t, z, coords):
+        """values [B, L, C], t [B] in [0, 1000), z [B, Z] -> [B, L, out_channels], of the dtype of values."""
+        t = self.time(t)
+        grid, skips = self.points_to_grid(values, coords, t, z)
+        x = self.linear_back(grid_to_points(self.grid_unet(grid, t, z), coords))
+        for merge, block in zip(self.merges, self.blocks, strict=True):
+            x = block(merge(torch.cat([x, skips.pop()], dim=-1)), coords, t, z)
+        return self.linear_out(x).to(values.dtype)
+
+
+class SparseEncoder(nn.Module):
+    """Encoder: values at coordinates -> latent z, the mean over the grid of what the down half of the U-Net returns.
+
+    points_to_grid  PointsToGrid without conditioning
+    grid_down       GridDown without conditioning
+    z_dim           length of z
+    stochastic      predict a normal distribution of z and, in training, draw from it
+    """
+
+    def __init__(self, points_to_grid, grid_down, z_dim, stochastic=False):
+        super().__init__()
+        self.points_to_grid = points_to_grid
+        self.grid_down = grid_down
+        self.stochastic = stochastic
+        self.linear_grid = nn.Linear(grid_down.spec.widths[-1], z_dim)
+        self.linear_out = nn.Linear(z_dim, 2 * z_dim if stochastic else z_dim)
+
+    def forward(self, values, coords, generator=None):
+        """values [B, L, C] -> z [B, Z], or (z, mu, logvar) where stochastic; z = mu in eval mode. Dtype of values.
+
+        generator   one torch.Generator, or a list of one per sample, for the draw of z (utils.rng)
+        """
+        grid, _ = self.points_to_grid(values, coords)
+        x, _ = self.grid_down(grid)
+        out = self.linear_out(self.linear_grid(x).mean(dim=(1, 2))).to(values.dtype)
+        if not self.stochastic:
+            return out
+        mu, logvar = out.chunk(2, dim=1)
+        if not self.training:
+            return mu, mu, logvar
+        noise = randn(mu.shape, generator, mu.device).to(mu.dtype)
+        return mu + (logvar / 2).exp() * noise, mu, logvar

@@ -1,0 +1,37 @@
+"""The sparse operator as a dense convolution of the image, in plain PyTorch: the portable reference.
+
+Its cost does not depend on how many pixels are present. Gradients come from autograd.
+"""
+
+import torch.nn.functional as F
+
+from models.sparse_conv import neighbour_counts
+
+
+def is_available():
+    """Always: it needs nothing but PyTorch."""
+    return True
+
+
+def unavailable_reason():
+    """Always "": there is none."""
+    return ""
+
+
+def sparse_conv(features, weight, coords):
+    """K h of models.sparse_conv: absent pixels are zeros, and so add nothing to the sum over the window.
+
+    features [B, L, C], weight [kh, kw, C] or [kh, kw, C, D] -> [B, L, C or D], of the dtype that F.conv2d returns.
+    """
+    kh, kw, channels = weight.shape[:3]
+    depthwise = weight.dim() == 3
+    kernel = weight[:, :, None] if depthwise else weight  # [kh, kw, in, out]
+    image = F.conv2d(
+        coords.scatter(features),
+        kernel.permute(3, 2, 0, 1).to(features.dtype),
+        padding=(kh // 2, kw // 2),
+        groups=channels if depthwise else 1,
+    )
+    factor = kh * kw / neighbour_counts(coords, (kh, kw))
+    out = coords.gather(image)
+    return (out * factor[:, :, None]).to(out.dtype)

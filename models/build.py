@@ -1,0 +1,105 @@
+"""The only place where a model is made from a config."""
+
+from functools import partial
+
+from models.attention import check_attention
+from models.autoencoder import PointsToGrid, SparseEncoder, SparseUNet
+from models.grid_unet import GridDown, GridSpec, GridUNet
+from models.latent_mlp import MLPSkipNet
+from models.sparse_block import SparseBlock
+from models.sparse_conv import resolve_backend
+from utils.errors import UserError
+
+
+def build_decoder(config):
+    """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    model, channels = config.model, config.data.channels
+    _check_even_time_emb_dim(model)
+    conditioning = {"time_dim": model.time_emb_dim, "z_dim": model.z_dim}
+    decoder = SparseUNet(
+        channels=channels,
+        out_channels=2 * channels if model.learn_sigma else channels,
+        width=model.nf,
+        num_blocks=model.num_conv_blocks,
+        make_block=partial(_sparse_block, config, **conditioning),
+        grid_unet=GridUNet(_grid_spec(model), **conditioning),
+        neighbours=model.knn_neighbours,
+        time_emb_dim=model.time_emb_dim,
+    )
+    _compile_if_asked(config, decoder.grid_unet)
+    return decoder
+
+
+def build_encoder(config):
+    """SparseEncoder of a stage-1 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    model = config.model
+    spec = _grid_spec(model)
+    blocks = [_sparse_block(config) for _ in range(model.num_conv_blocks)]
+    encoder = SparseEncoder(
+        PointsToGrid(config.data.channels, model.nf, blocks, spec, model.knn_neighbours),
+        GridDown(spec),
+        model.z_dim,
+        model.stochastic_encoding,
+    )
+    _compile_if_asked(config, encoder.grid_down)
+    return encoder
+
+
+def build_latent_model(config):
+    """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    model = config.model
+    _check(model.num_layers >= 2, model, "num_layers", "must be at least 2")
+    _check_even_time_emb_dim(model)
+    network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
+    _compile_if_asked(config, network)
+    return network
+
+
+def _compile_if_asked(config, network):
+    """train.compile: in place, so that names of parameters stay as they are; of the autoencoder only the grid, whose
+    shapes never change."""
+    if config.train.compile:
+        network.compile()
+
+
+def _sparse_block(config, time_dim=None, z_dim=None):
+    model = config.model
+    _check(model.kernel_size % 2 == 1, model, "kernel_size", "must be odd")
+    resolve_backend(model.backend, device=None, depthwise=model.depthwise_sparse)
+    return SparseBlock(
+        model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend, time_dim, z_dim
+    )
+
+
+def _grid_spec(model):
+    spec = GridSpec(
+        resolution=model.uno_res,
+        base_channels=model.uno_base_channels,
+        mults=tuple(model.uno_mults),
+        blocks_per_level=tuple(model.uno_blocks_per_level),
+        attn_resolutions=tuple(model.uno_attn_resolutions),
+        dropout_from_resolution=model.uno_dropout_from_resolution,
+        dropout=model.uno_dropout,
+        conv_type=model.uno_conv_type,
+        attention=model.attention,
+    )
+    levels, occurring = len(spec.mults), ", ".join(map(str, spec.resolutions))
+    _check(levels >= 1 and min(spec.mults) >= 1, model, "uno_mults", "must be positive, one for each level")
+    _check(len(spec.blocks_per_level) == levels and min(spec.blocks_per_level) >= 1, model, "uno_blocks_per_level",
+           f"must be positive, one for each of the {levels} levels of model.uno_mults")
+    _check(spec.resolution % 2 ** (levels - 1) == 0, model, "uno_res",
+           f"must be a multiple of {2 ** (levels - 1)}, to be halved between the {levels} levels of model.uno_mults")
+    _check(set(spec.attn_resolutions) <= set(spec.resolutions), model, "uno_attn_resolutions",
+           f"must be among the resolutions of the levels, {occurring}")
+    _check(spec.conv_type in ("conv", "spectral"), model, "uno_conv_type", "must be conv or spectral")
+    check_attention(spec.attention)
+    return spec
+
+
+def _check_even_time_emb_dim(model):
+    _check(model.time_emb_dim % 2 == 0, model, "time_emb_dim", "must be even, for pairs of sine and cosine")
+
+
+def _check(holds, model, field, allowed):
+    if not holds:
+        raise UserError(f"model.{field}={getattr(model, field)!r} {allowed}")

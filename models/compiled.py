@@ -1,0 +1,67 @@
+"""Running loops that numba compiles, on CPU tensors."""
+
+import ctypes
+import functools
+import logging
+import pathlib
+import sys
+import threading
+
+import torch
+
+log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()  # a loop uses every core, and one of numba's threading layers is not thread-safe
+
+
+@functools.cache
+def unavailable_reason():
+    """Why the compiled loops cannot be used and what to do; "" where they can."""
+    try:
+        import numba  # noqa: F401  # here, because it takes half a second and may be missing or refuse this numpy
+    except ImportError as error:
+        return f"numba cannot be imported ({error}); `pip install numba`, or use model.backend=torch_dense"
+    return ""
+
+
+def is_available():
+    """Whether numba can be imported."""
+    return not unavailable_reason()
+
+
+def run(name, *arguments):
+    """Call a compiled loop of _numba_kernels.py on numbers and CPU tensors, with as many threads as torch uses."""
+    numba, kernel = _kernel(name)
+    arguments = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with _one_at_a_time:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        kernel(*arguments)
+
+
+@functools.cache
+def _kernel(name):
+    """(numba, the loop): it is compiled when first called, which takes some seconds, and read from disk thereafter."""
+    import numba
+
+    from models.backends import _numba_kernels
+
+    kernel = getattr(_numba_kernels, name)
+    folder = kernel.stats.cache_path
+    if folder is None or not any(pathlib.Path(folder).glob(f"*.{name}-*.nbc")):
+        log.info("compiling %s for this CPU: some seconds, %s", name, "once" if folder else "as no folder is writable")
+    threads = torch.get_num_threads()
+    numba.set_num_threads(1)  # starts numba's threads, and where both use one OpenMP that changes the number of torch's
+    torch.set_num_threads(threads)
+    return numba, kernel
+
+
+@functools.cache
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next step, in this process; does nothing with other C libraries.
+
+    It would return the memory of large tensors to the kernel each time, and the page faults when they are made again
+    cost up to twice as much as these loops, and a sixth of the time of convolutions.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: smaller tensors live on the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

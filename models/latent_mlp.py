@@ -1,0 +1,46 @@
+"""The network of the second diffusion model, over latents."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.conditioning import TimeEmbedding
+
+
+class MLPSkipNet(nn.Module):
+    """MLP that sees the noisy latent again at the input of every layer (METHOD 4; Preechakul et al. 2022).
+
+    z_dim         length of a latent
+    hidden_dim    width of the hidden layers
+    num_layers    layers in all, at least 2; the last one is a plain Linear to z_dim
+    time_emb_dim  number of sinusoidal features of t (even)
+    """
+
+    def __init__(self, z_dim, hidden_dim, num_layers, time_emb_dim, dropout=0.0):
+        super().__init__()
+        self.time = TimeEmbedding(time_emb_dim, z_dim)
+        inputs = [z_dim] + [hidden_dim + z_dim] * (num_layers - 2)
+        self.layers = nn.ModuleList(_Layer(width, hidden_dim, z_dim, dropout) for width in inputs)
+        self.out = nn.Linear(hidden_dim + z_dim, z_dim)
+
+    def forward(self, z, t):
+        """z [B, z_dim], t [B] in [0, 1000) -> [B, z_dim], of the dtype of z."""
+        time = F.gelu(self.time(t))
+        h = self.layers[0](z, time)
+        for layer in self.layers[1:]:
+            h = layer(torch.cat([h, z.to(h.dtype)], dim=1), time)
+        return self.out(torch.cat([h, z.to(h.dtype)], dim=1)).to(z.dtype)
+
+
+class _Layer(nn.Module):
+    """Linear, times 1 + cond(t), LayerNorm, GELU, dropout."""
+
+    def __init__(self, width_in, width_out, time_dim, dropout):
+        super().__init__()
+        self.linear = nn.Linear(width_in, width_out)
+        self.cond = nn.Linear(time_dim, width_out)
+        self.norm = nn.LayerNorm(width_out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h, time):
+        return self.dropout(F.gelu(self.norm(self.linear(h) * (1 + self.cond(time)))))

@@ -1,0 +1,109 @@
+"""The sparse convolution operator: which backend computes it, and how many neighbours each point has."""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What an implementation can compute; the code is models/backends/<name>.py, imported when first asked for."""
+
+    devices: tuple  # types of torch.device
+    depthwise: bool  # weights [kh, kw, C]
+    full: bool  # weights [kh, kw, C, D]
+
+
+BACKENDS = {
+    "torch_dense": Backend(("cpu", "cuda", "mps", "meta"), depthwise=True, full=True),
+    "numba": Backend(("cpu",), depthwise=True, full=True),
+    "triton": Backend(("cuda",), depthwise=True, full=False),
+    "torchsparse": Backend(("cuda",), depthwise=True, full=True),
+    "spconv": Backend(("cpu", "cuda"), depthwise=False, full=True),
+}
+# The order in which "auto" asks. With full kernels a dense convolution is hard to beat unless few pixels are present.
+AUTO = {"depthwise": ("numba", "triton", "torch_dense"), "full": ("torch_dense",)}
+
+
+def sparse_conv(features, weight, coords, backend="auto"):
+    """Monte Carlo estimate of a convolution integral over the points in the window of each point (METHOD, operator K).
+
+        (K h)(c) = kh kw / |N(c)| · sum over c' in N(c) of weight(c' - c) h(c')
+
+    features  [B, L, C] at the L coordinates, float32, bfloat16, float16 or float64
+    weight    [kh, kw, C] depthwise, or [kh, kw, C, D] full; kh and kw odd. weight[i, j] multiplies the neighbour at row
+              offset i - kh // 2 and column offset j - kw // 2, a cross-correlation as in F.conv2d
+    coords    data.coordinates.Coordinates of the L points
+    backend   a name of BACKENDS, or "auto"
+    Returns [B, L, C] or [B, L, D]. Raises UserError where the backend cannot be used, ValueError on wrong shapes.
+    """
+    if features.shape[:2] != coords.index.shape:
+        raise ValueError(f"features are {tuple(features.shape)}, but there are {tuple(coords.index.shape)} coordinates")
+    if weight.dim() not in (3, 4) or weight.shape[0] % 2 == 0 or weight.shape[1] % 2 == 0:
+        raise ValueError(f"weight must be [kh, kw, C] or [kh, kw, C, D] with kh and kw odd, got {tuple(weight.shape)}")
+    if weight.shape[2] != features.shape[2]:
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit features of {features.shape[2]} channels")
+    name = resolve_backend(backend, features.device, weight.dim() == 3)
+    return importlib.import_module(f"models.backends.{name}").sparse_conv(features, weight, coords)
+
+
+def available_backends():
+    """Names of the backends that can be used on this machine."""
+    return [name for name in BACKENDS if not _unavailable_reason(name)]
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace how it is found
+def resolve_backend(name, device, depthwise):
+    """The backend that `name` ("auto" or a name of BACKENDS) stands for.
+
+    device     torch.device of the features, or None where it is not known yet
+    depthwise  whether the weight is [kh, kw, C]
+    Raises UserError where there is no such backend, or it cannot be used here.
+    """
+    if name == "auto":
+        candidates = AUTO["depthwise" if depthwise else "full"]
+        return next(candidate for candidate in candidates if not _unsuitable(candidate, device, depthwise))
+    if name not in BACKENDS:
+        raise UserError(f"model.backend={name!r} is not one of auto, {', '.join(BACKENDS)}; use auto")
+    reason = _unsuitable(name, device, depthwise)
+    if reason:
+        usable = ", ".join(["auto", *(other for other in BACKENDS if not _unsuitable(other, device, depthwise))])
+        raise UserError(f"model.backend={name!r} cannot be used: {reason}; usable here: {usable}")
+    return name
+
+
+def neighbour_counts(coords, kernel_size):
+    """Number of points in the window (kh, kw) around each point, itself included: |N(c)|, float32 [B, L], integers."""
+    return coords.cached(("neighbour_counts", tuple(kernel_size)), lambda: _neighbour_counts(coords, *kernel_size))
+
+
+def _neighbour_counts(coords, kh, kw):
+    present = (coords.table >= 0).float().view(coords.batch, 1, *coords.size)
+    for window in ((kh, 1), (1, kw)):
+        padding = (window[0] // 2, window[1] // 2)
+        present = F.avg_pool2d(present, window, stride=1, padding=padding, divisor_override=1)
+    return coords.gather(present)[:, :, 0]
+
+
+def _unsuitable(name, device, depthwise):
+    """Why a backend cannot be used for this; "" where it can."""
+    backend = BACKENDS[name]
+    if not (backend.depthwise if depthwise else backend.full):
+        return f"it has no {'depthwise' if depthwise else 'full'} kernels (model.depthwise_sparse={depthwise})"
+    if device is not None and device.type not in backend.devices:
+        return f"the model is on {device.type}, and it runs on {' or '.join(backend.devices)}"
+    return _unavailable_reason(name)
+
+
+@functools.cache
+def _unavailable_reason(name):
+    if importlib.util.find_spec(f"models.backends.{name}") is None:
+        return f"it is not part of this version (there is no models/backends/{name}.py)"
+    backend = importlib.import_module(f"models.backends.{name}")
+    return "" if backend.is_available() else backend.unavailable_reason()

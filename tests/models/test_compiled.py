@@ -1,0 +1,96 @@
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.coordinates import Coordinates
+from models import compiled
+from models.nearest import nearest_pixels
+
+pytestmark = pytest.mark.skipif(not compiled.is_available(), reason=compiled.unavailable_reason())
+
+
+def test_says_so_when_it_compiles(caplog, tmp_path, monkeypatch):
+    class Kernel:
+        class stats:
+            cache_path = str(tmp_path)
+
+    monkeypatch.setattr("models.backends._numba_kernels.pretend", Kernel, raising=False)
+    with caplog.at_level(logging.INFO):
+        compiled._kernel("pretend")
+        assert "compiling pretend" in caplog.text
+        caplog.clear()
+        compiled._kernel.cache_clear()
+        (tmp_path / "_numba_kernels.pretend-10.py311.1.nbc").touch()
+        compiled._kernel("pretend")
+        assert not caplog.text
+    compiled._kernel.cache_clear()
+
+
+def test_threads_may_call_at_the_same_time():
+    coords = [Coordinates.random(2, (16, 16), 30 + n) for n in range(40)]
+    expected = [nearest_pixels(c, 8, 3)[0] for c in coords]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda c: nearest_pixels(c, 8, 3)[0], coords))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def check_elsewhere(code):
+    """Run Python code in a new process, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_leaves_the_number_of_threads_alone():
+    check_elsewhere(
+        "import torch\n"
+        "from data.coordinates import Coordinates\n"
+        "from models.nearest import nearest_pixels\n"
+        "nearest_pixels(Coordinates.random(1, (8, 8), 9), 4, 3)\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    check_elsewhere(
+        "import torch\n"
+        "from data.coordinates import Coordinates\n"
+        "from models.backends import numba\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "numba.sparse_conv(torch.ones(1, 9, 1), torch.ones(3, 3, 1), Coordinates.full(1, (3, 3)))\n"
+        "before = resident()\n"
+        "for _ in range(3):\n"
+        "    torch.ones(10_000_000)\n"
+        "assert resident() - before > 30e6\n"
+    )
+
+
+def test_no_folder_to_write_to_is_no_obstacle():
+    """An installation that cannot be written to, and no cache folder: the loops are compiled for this process."""
+    check_elsewhere(
+        "from numba.core.caching import CacheImpl\n"
+        "CacheImpl._locator_classes = []\n"
+        "from models import compiled\n"
+        "from models.backends import _numba_kernels\n"
+        "assert _numba_kernels.nearest.stats.cache_path is None\n"
+        "assert compiled._kernel('nearest')[1] is _numba_kernels.nearest\n"
+    )
+
+
+def test_an_installation_without_numba_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    compiled.unavailable_reason.cache_clear()
+    try:
+        assert not compiled.is_available()
+        assert "pip install numba" in compiled.unavailable_reason()
+    finally:
+        compiled.unavailable_reason.cache_clear()
