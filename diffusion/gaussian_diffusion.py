@@ -1,0 +1,195 @@
+"""The mollified diffusion process: forward, posterior, training losses, and the network as a denoiser of T x_0.
+
+With the identity for a mollifier it is plain DDPM, and with states [B, Z] instead of images the diffusion of latents.
+"""
+
+import math
+
+from diffusion.losses import (
+    check_loss_type,
+    gaussian_kl,
+    grid_sizes,
+    mean_per_sample,
+    multiscale_loss,
+    prediction_loss,
+    vlb_weight,
+)
+from diffusion.mollifier import GaussianMollifier
+from diffusion.parameterisation import Parameterisation
+from diffusion.schedules import Schedule, make_betas, respaced_timesteps
+from utils.errors import UserError
+from utils.rng import randn
+
+IMAGE_VARIANCE = 0.25  # of a mollified image in [-1, 1] at a point, for preconditioning: photographs have 0.2 to 0.3
+LATENT_VARIANCE = 1.0  # latents are standardised
+
+
+class GaussianDiffusion:
+    """Diffusion in the space of mollified images.
+
+    schedule              diffusion.schedules.Schedule; every t below is int64 [B] in [0, len(schedule))
+    mollifier             diffusion.mollifier.GaussianMollifier, T
+    parameterisation      diffusion.parameterisation.Parameterisation: what the network predicts
+    loss_type             mse, l1 or rescaled_mse
+    variance              of p(x_{t-1} | x_t): "large" (beta_t), "small" (beta~_t) or "learned" (between them, from a
+                          network with twice the channels: first the prediction, then the place between the two)
+    multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
+    """
+
+    def __init__(
+        self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None
+    ):
+        check_loss_type(loss_type)
+        if multiscale_max_size is not None:
+            grid_sizes(multiscale_max_size)  # raises if there is none
+        self.schedule = schedule
+        self.mollifier = mollifier
+        self.parameterisation = parameterisation
+        self.loss_type = loss_type
+        self.variance = variance
+        self.multiscale_max_size = multiscale_max_size
+
+    @property
+    def num_steps(self):
+        return len(self.schedule)
+
+    def q_sample(self, x0, t, noise):
+        """x_t = T(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi), like x0 (METHOD, forward).
+
+        noise   standard normal draws of the shape of x0; xi is this noise scaled for the resolution of x0
+        """
+        signal = self.schedule.at("sqrt_alpha_bar", t, x0)
+        level = self.schedule.at("sqrt_one_minus_alpha_bar", t, x0)
+        return self.mollifier.blur(signal * x0 + level * self.mollifier.scale_noise(noise))
+
+    def posterior(self, tx0, x_t, t):
+        """q(x_{t-1} | x_t, x_0) = N(mean, beta~_t T T*): mean like x_t, and beta~_t [B, 1, ...] (METHOD, posterior)."""
+        at = self.schedule.at
+        mean = at("posterior_x0", t, x_t) * tx0 + at("posterior_xt", t, x_t) * x_t
+        return mean, at("posterior_variance", t, x_t)
+
+    def training_losses(self, model_fn, x0, t, coords, noise=None, generator=None):
+        """Losses per sample, a dict of float32 [B].
+
+        model_fn    (values [B, L, C], time float32 [B] in 0 ... 1000) -> [B, L, C], or [B, L, 2C] with learned variance
+        x0          images [B, C, H, W] with coords, the Coordinates of the points the network sees;
+                    or latents [B, Z] with coords None, and then values are [B, Z] as well
+        noise       standard normal draws like x0; drawn from `generator` (one, or a list of one per sample) where None
+        Returns "loss", to be minimised, "mse" of the prediction and, with learned variance, "vlb" in bits per value.
+        """
+        if noise is None:
+            noise = randn(x0.shape, generator, x0.device)
+        values = _gather(self.q_sample(x0, t, noise), coords)
+        target = _gather(self.parameterisation.target(x0, self.mollifier.scale_noise(noise), t), coords)
+        prediction, fraction = self._predict(model_fn, values, t)
+
+        losses = {"mse": prediction_loss("mse", prediction, target).detach()}
+        losses["loss"] = prediction_loss(self.loss_type, prediction, target)
+        if self.multiscale_max_size is not None:
+            if coords is None:
+                raise ValueError("the multiscale loss needs coordinates; latents have none")
+            losses["loss"] = losses["loss"] + multiscale_loss(prediction, target, coords, self.multiscale_max_size)
+        if self.variance == "learned":
+            losses["vlb"] = self._vlb(prediction - target, fraction, t, coords)
+            losses["loss"] = losses["loss"] + vlb_weight(self.loss_type, self.num_steps) * losses["vlb"]
+        return losses
+
+    def denoiser(self, model_fn, coords, clip=True):
+        """The network as a Denoiser; coords: Coordinates.full of the images to sample, or None for latents.
+
+        clip    keep the estimate of T x_0 in [-1, 1]: right for images, not for latents
+        """
+        if coords is not None and not coords.is_full:
+            raise ValueError("a denoiser needs every pixel; use Coordinates.full")
+        return Denoiser(self, model_fn, coords, clip)
+
+    def _predict(self, model_fn, values, t):
+        """Prediction of the network in float32 and the raw place of its variance (None unless it is learned)."""
+        output = model_fn(values, self.schedule.at("network_time", t, t)).to(values.dtype)
+        fraction = None
+        if self.variance == "learned":
+            output, fraction = output.chunk(2, dim=-1)
+        return self.parameterisation.prediction(output, values, t), fraction
+
+    def _log_variance(self, fraction, t):
+        """Log variance between log beta~_t (fraction -1) and log beta_t (1) (Nichol and Dhariwal 2021, eq. 15)."""
+        small = self.schedule.at("variance_small", t, fraction).log()
+        large = self.schedule.at("betas", t, fraction).log()
+        return small + (fraction + 1) / 2 * (large - small)
+
+    def _vlb(self, prediction_error, fraction, t, coords):
+        """One term of the variational bound: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per value, [B].
+
+        Of the pointwise marginals, whose variances are those of the steps times that of T xi. T x_0 is no 8-bit image,
+        so step 0 is a KL as well, with step 1's beta~. The mean is detached: the bound trains the variance alone.
+        """
+        x0_error = self.parameterisation.estimate_error(prediction_error.detach(), t, coords)
+        mean_difference = self.schedule.at("posterior_x0", t, x0_error) * x0_error
+        log_noise = math.log(self.mollifier.noise_variance)
+        q = self.schedule.at("variance_small", t, fraction).log() + log_noise
+        return mean_per_sample(gaussian_kl(mean_difference, q, self._log_variance(fraction, t) + log_noise))
+
+
+class Denoiser:
+    """denoise(x, t) -> estimate of T x_0, like x [B, C, H, W] (or [B, Z]): all that a sampler knows of a network."""
+
+    def __init__(self, diffusion, model_fn, coords, clip):
+        self.diffusion = diffusion
+        self.model_fn = model_fn
+        self.coords = coords
+        self.clip = clip
+
+    def __call__(self, x, t):
+        return self.with_variance(x, t)[0]
+
+    def with_variance(self, x, t):
+        """The estimate of T x_0, and the variance of p(x_{t-1} | x_t) in units of that of T xi, broadcastable to it."""
+        diffusion = self.diffusion
+        values = _gather(x, self.coords)
+        prediction, fraction = diffusion._predict(self.model_fn, values, t)
+        estimate = _scatter(diffusion.parameterisation.estimate(prediction, values, t, self.coords), self.coords)
+        if self.clip:
+            estimate = estimate.clamp(-1, 1)
+        if fraction is None:
+            return estimate, diffusion.schedule.at(f"variance_{diffusion.variance}", t, x)
+        return estimate, _scatter(diffusion._log_variance(fraction, t).exp(), self.coords)
+
+
+def build_diffusion(config, steps=None):
+    """GaussianDiffusion of a config of either stage.
+
+    steps   visit only so many of the diffusion.steps steps, evenly spaced (sampling); None: all (training)
+    Latent configs have no mollifier, learned variance, preconditioning or multiscale loss: fields they lack are off.
+    Raises UserError for a value that is not allowed.
+    """
+    options, images = config.diffusion, "img_size" in config.get("data", {})
+    resolution = config.data.img_size if images else None
+    betas = make_betas(options.noise_schedule, options.steps, resolution)
+    schedule = Schedule.from_betas(betas, respaced_timesteps(options.steps, steps) if steps is not None else None)
+
+    mollifier_type = options.get("mollifier_type", "none")
+    if mollifier_type not in ("dct", "none"):
+        raise UserError(f"diffusion.mollifier_type={mollifier_type!r} is unknown; use dct or none")
+    sigma = options.gaussian_filter_std if mollifier_type == "dct" else 0.0
+    mollifier = GaussianMollifier(sigma, resolution)
+
+    data_variance = None
+    if options.get("precondition", False):
+        data_variance = IMAGE_VARIANCE if images else LATENT_VARIANCE
+    variance = "small" if config.model.get("sigma_small", False) else "large"
+    return GaussianDiffusion(
+        schedule,
+        mollifier,
+        Parameterisation(options.model_mean_type, schedule, mollifier, data_variance),
+        loss_type=options.loss_type,
+        variance="learned" if config.model.get("learn_sigma", False) else variance,
+        multiscale_max_size=options.multiscale_max_img_size if options.get("multiscale_loss", False) else None,
+    )
+
+
+def _gather(image, coords):
+    return image if coords is None else coords.gather(image)
+
+
+def _scatter(values, coords):
+    return values if coords is None else coords.scatter(values)

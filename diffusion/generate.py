@@ -1,0 +1,47 @@
+"""From images to latents and back: the encoder, the decoder's sampling loop and the latent model's, as functions.
+
+Models are taken as they are: put them in eval mode first (models.build.load_* and utils.ema.EMA do).
+"""
+
+import torch
+
+from data.coordinates import Coordinates
+from diffusion.samplers import sample
+from utils import rng
+
+
+@torch.no_grad()
+def encode(encoder, images):
+    """Latents [B, Z] of images [B, C, H, W], from all pixels; the mean where the encoding is stochastic."""
+    coords = Coordinates.full(len(images), images.shape[-2:], images.device)
+    z = encoder(coords.gather(images), coords)
+    return (z[1] if isinstance(z, tuple) else z).float()
+
+
+@torch.no_grad()
+def decode(decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None):
+    """Images float32 [B, C, H, W] in [−1, 1] for latents z [B, Z], at any size (H, W).
+
+    The chain starts at Tξ and stays in T-space; its last state T x_0 is sharpened once, by the Wiener filter.
+    generators   one torch.Generator per image; the image is a function of it and of z
+    progress     called with 1 after every network evaluation
+    """
+    coords = Coordinates.full(len(z), size, z.device)
+    denoise = diffusion.denoiser(lambda values, t: decoder(values, t, z, coords), coords)
+    start = torch.empty(len(z), channels, *size, device=z.device)
+    x = diffusion.mollifier.noise_like(start, generators)
+    for _, state in sample(sampler, denoise, x, diffusion, generators, eta):
+        if progress:
+            progress(1)
+    return diffusion.mollifier.sharpen(state).clamp(-1, 1)
+
+
+@torch.no_grad()
+def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim", progress=None):
+    """Latents float32 [B, Z] in the encoder's units, one per generator; mean, std [Z] undo the standardisation."""
+    denoise = diffusion.denoiser(latent_model, None, clip=False)
+    x = rng.randn((len(generators), len(mean)), generators, mean.device)
+    for _, state in sample(sampler, denoise, x, diffusion, generators):
+        if progress:
+            progress(1)
+    return state * std + mean

@@ -1,0 +1,119 @@
+"""The mollifier T: a Gaussian blur that turns white noise into a function (METHOD, the mollifier T).
+
+T multiplies coefficient (k1, k2) of the two-dimensional DCT-II of an H×W image, which carries the half-sample
+symmetric boundary, by exp(-(pi² sigma² / 2)(k1² / H² + k2² / W²)), sigma in pixels of that image. Both the transform
+and the factor separate into rows and columns, so T x = A_h x A_w with one symmetric matrix per axis.
+"""
+
+import functools
+import math
+
+import torch
+
+from utils.errors import UserError
+from utils.rng import randn
+
+
+class GaussianMollifier:
+    """T and its regularised inverse, one operator on functions over [0, 1]² at any image size.
+
+    sigma       standard deviation in pixels at the training resolution; 0 makes T the identity
+    train_size  the training resolution, R or (H, W); may be None for sigma = 0
+    wiener_eps  epsilon of the Wiener filter
+
+    All methods take and return tensors [..., H, W] and work in float32 (float64 stays float64), also under autocast.
+    With sigma = 0 they take tensors of any shape, so that the diffusion of latents [B, Z] is the same code.
+    """
+
+    def __init__(self, sigma, train_size=None, wiener_eps=0.05):
+        if sigma < 0:
+            raise UserError(f"diffusion.gaussian_filter_std={sigma} must be 0 (no mollifier) or positive")
+        if sigma > 0 and train_size is None:
+            raise ValueError("a mollifier with sigma > 0 needs the training resolution")
+        self.sigma = float(sigma)
+        self.train_size = (train_size, train_size) if isinstance(train_size, int) else train_size
+        self.wiener_eps = wiener_eps
+
+    @property
+    def is_identity(self):
+        return self.sigma == 0
+
+    def blur(self, x):
+        """T x."""
+        x = _at_least_float32(x)
+        if self.is_identity:
+            return x
+        rows, columns = self._per_axis(_blur_matrix, x)
+        with torch.autocast(x.device.type, enabled=False):
+            return rows @ x @ columns
+
+    def sharpen(self, x):
+        """The Wiener filter G / (G² + eps²) per DCT coefficient, G that of T: T's inverse where T keeps anything."""
+        x = _at_least_float32(x)
+        if self.is_identity:
+            return x
+        rows, columns = (_dct_matrix(length, x.device, x.dtype) for length in x.shape[-2:])
+        attenuation = torch.outer(*self._per_axis(_attenuation, x))
+        gain = attenuation / (attenuation**2 + self.wiener_eps**2)
+        with torch.autocast(x.device.type, enabled=False):
+            return rows.T @ (gain * (rows @ x @ columns.T)) @ columns
+
+    def scale_noise(self, noise):
+        """White noise xi of the size of `noise` from standard normal draws: sqrt(s_h s_w) times them.
+
+        s is the size relative to the training resolution: averaged over a pixel, white noise has variance 1 / its area.
+        With sigma = 0 there is no function behind the pixels, and the noise has variance 1 at every size.
+        """
+        noise = _at_least_float32(noise)
+        if self.is_identity:
+            return noise
+        area = math.prod(noise.shape[-2:]) / math.prod(self.train_size)
+        return noise * math.sqrt(area)
+
+    def noise_like(self, x, generator=None):
+        """T xi of the shape, device and precision of x; generator: one torch.Generator or a list of one per sample."""
+        return self.blur(self.scale_noise(randn(x.shape, generator, x.device).to(x.dtype)))
+
+    @functools.cached_property
+    def noise_variance(self):
+        """Pointwise variance of T xi (float), the mean over the pixels of an image; 1 / (4 pi sigma²) for sigma >= 1.
+
+        It is trace(A_h²) / H · trace(A_w²) / W at the training resolution and the same at any other.
+        """
+        if self.is_identity:
+            return 1.0
+        image = torch.empty(self.train_size, dtype=torch.float64)
+        return math.prod(kept.square().mean().item() for kept in self._per_axis(_attenuation, image))
+
+    def _per_axis(self, make, x):
+        """`make` for the rows and the columns of x; sigma as a fraction of an axis is the same at every resolution."""
+        for length, train_length in zip(x.shape[-2:], self.train_size, strict=True):
+            yield make(length, self.sigma / train_length, x.device, x.dtype)
+
+
+def _at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@functools.lru_cache(maxsize=32)
+def _dct_matrix(length, device, dtype):
+    """Orthonormal DCT-II [length, length]: row k is the k-th cosine."""
+    k = torch.arange(length, dtype=torch.float64)
+    matrix = torch.cos(math.pi * k[:, None] * (k + 0.5) / length) * math.sqrt(2 / length)
+    matrix[0] = math.sqrt(1 / length)
+    return matrix.to(device, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _attenuation(length, width, device, dtype):
+    """Factor of T for every coefficient k of an axis, [length]; width is sigma as a fraction of the axis."""
+    k = torch.arange(length, dtype=torch.float64)
+    return torch.exp(-0.5 * (math.pi * width * k) ** 2).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _blur_matrix(length, width, device, dtype):
+    """T along an axis, [length, length], symmetric."""
+    cpu, double = torch.device("cpu"), torch.float64
+    dct = _dct_matrix(length, cpu, double)
+    return (dct.T @ (_attenuation(length, width, cpu, double)[:, None] * dct)).to(device, dtype)

@@ -1,0 +1,102 @@
+"""What the network predicts, resolved in one place: training target, and the estimate of T x_0 from a prediction.
+
+For every mean type the estimate is linear in the state and in the prediction f: T x_0 = p x_t + q M f, where M = T for
+predictions of un-mollified quantities and M = 1 for what is mollified already. With a = sqrt(alpha_bar) and
+b = sqrt(1 - alpha_bar), so that x_t = T(a x_0 + b xi):
+
+    mean type           f             T x_0                   M
+    mollified_epsilon   T xi          (x_t - b f) / a         1
+    epsilon             xi            (x_t - b T f) / a       T
+    v                   a xi - b x_0  a x_t - b T f           T
+    xstart              x_0           T f                     T
+"""
+
+import torch
+
+from utils.errors import UserError
+
+MEAN_TYPES = ("mollified_epsilon", "epsilon", "v", "xstart")
+
+
+class Parameterisation:
+    """Conversions between the network's output and T x_0.
+
+    mean_type      one of MEAN_TYPES
+    schedule       diffusion.schedules.Schedule, which the steps t index
+    mollifier      diffusion.mollifier.GaussianMollifier, T
+    data_variance  pointwise variance of T x_0; a number switches output preconditioning on (METHOD, decoder)
+    Raises UserError for an unknown mean type, and for preconditioning of any but mollified_epsilon.
+    """
+
+    def __init__(self, mean_type, schedule, mollifier, data_variance=None):
+        if mean_type not in MEAN_TYPES:
+            raise UserError(f"diffusion.model_mean_type={mean_type!r} is unknown; use one of {', '.join(MEAN_TYPES)}")
+        if data_variance is not None and mean_type != "mollified_epsilon":
+            raise UserError(
+                f"diffusion.precondition=True needs diffusion.model_mean_type='mollified_epsilon', not {mean_type!r}; "
+                "change one of them"
+            )
+        self.mean_type = mean_type
+        self.schedule = schedule
+        self.mollifier = mollifier
+        self.data_variance = data_variance
+
+    def target(self, x0, xi, t):
+        """What f should be, in image layout like x0 and the white noise xi [B, C, H, W]."""
+        if self.mean_type == "mollified_epsilon":
+            return self.mollifier.blur(xi)
+        if self.mean_type == "epsilon":
+            return xi
+        if self.mean_type == "xstart":
+            return x0
+        a, b = self._levels(t, x0)
+        return a * xi - b * x0
+
+    def prediction(self, output, x_t, t):
+        """f from the network's output F and the state, all [B, L, C]: F itself, or c_skip x_t + c_out F.
+
+        c_skip x_t is the best linear guess of T xi from x_t, and c_out the standard deviation of what it leaves over
+        (the idea of Karras et al. 2022): v_d and v_n being the pointwise variances of T x_0 and T xi,
+        c_skip = b v_n / (a² v_d + b² v_n) and c_out² = a² v_d v_n / (a² v_d + b² v_n).
+        """
+        if self.data_variance is None:
+            return output
+        a, b = self._levels(t, x_t)
+        v_d, v_n = self.data_variance, self.mollifier.noise_variance
+        v_t = a**2 * v_d + b**2 * v_n
+        return b * v_n / v_t * x_t + a * (v_d * v_n / v_t).sqrt() * output
+
+    def estimate(self, prediction, x_t, t, coords):
+        """T x_0 from the prediction and the state, [B, L, C] at the coordinates; exact where coords is full."""
+        p, q = self._coefficients(t, x_t)
+        return p * x_t + q * self._mollified(prediction, coords)
+
+    def estimate_error(self, prediction_error, t, coords):
+        """By how much an error of the prediction, [B, L, C], moves the estimate of T x_0."""
+        _, q = self._coefficients(t, prediction_error)
+        return q * self._mollified(prediction_error, coords)
+
+    def _levels(self, t, like):
+        at = self.schedule.at
+        return at("sqrt_alpha_bar", t, like), at("sqrt_one_minus_alpha_bar", t, like)
+
+    def _coefficients(self, t, like):
+        a, b = self._levels(t, like)
+        if self.mean_type == "xstart":
+            return 0.0, 1.0
+        if self.mean_type == "v":
+            return a, -b
+        return 1 / a, -b / a
+
+    def _mollified(self, values, coords):
+        """M of values [B, L, C]. On a subset T, an integral, is estimated as in the decoder: by a normalised sum over
+        the points that are there. coords None: values are the whole state."""
+        if self.mean_type == "mollified_epsilon" or self.mollifier.is_identity:
+            return values
+        if coords is None:
+            return self.mollifier.blur(values)
+        mollified = coords.gather(self.mollifier.blur(coords.scatter(values)))
+        if coords.is_full:
+            return mollified
+        present = coords.scatter(torch.ones_like(values[:, :, :1]))
+        return mollified / coords.gather(self.mollifier.blur(present))

@@ -1,0 +1,132 @@
+"""Betas against their closed forms, respacing, and the tables of a chain."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion.schedules import NOISE_SCHEDULES, Schedule, make_betas, respaced_timesteps
+from utils.errors import UserError
+
+
+def alpha_bar(betas):
+    return torch.cumprod(1 - betas, dim=0)
+
+
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_betas_are_valid_variances(name, steps):
+    betas = make_betas(name, steps, resolution=96)
+    assert betas.shape == (steps,) and betas.dtype == torch.float64
+    assert ((betas > 0) & (betas <= 0.999)).all()
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_cosine_follows_its_function(steps):
+    u = torch.arange(1, steps, dtype=torch.float64) / steps
+    expected = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(alpha_bar(make_betas("cosine", steps))[:-1], expected)
+
+
+def test_cosine_ends_where_the_paper_says():
+    assert alpha_bar(make_betas("cosine", 1000))[-1].item() == pytest.approx(2.4e-9, rel=0.02)
+
+
+@pytest.mark.parametrize("resolution", [16, 64, 100, 256])
+def test_shifted_cosine_moves_the_log_signal_to_noise_ratio(resolution):
+    u = torch.arange(1, 1000, dtype=torch.float64) / 1000
+
+    def shifted(u):
+        odds = torch.tan((u + 0.008) / 1.008 * math.pi / 2) ** -2 * (64 / resolution) ** 2
+        return odds / (1 + odds)
+
+    expected = shifted(u) / shifted(torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(alpha_bar(make_betas("shifted_cosine", 1000, resolution))[:-1], expected)
+
+
+def test_shifted_cosine_is_cosine_at_64():
+    torch.testing.assert_close(make_betas("shifted_cosine", 100, 64), make_betas("cosine", 100))
+
+
+def test_linear_and_constant_keep_the_total_noise_at_any_number_of_steps():
+    for name, total in [("linear", 1000 * 0.01005), ("const0.008", 8.0)]:
+        for steps in (100, 1000):
+            assert make_betas(name, steps).sum().item() == pytest.approx(total)
+    assert make_betas("linear", 1000)[[0, -1]].tolist() == pytest.approx([1e-4, 2e-2])
+
+
+def test_mistakes_name_the_field():
+    with pytest.raises(UserError, match=r"diffusion\.noise_schedule='sigmoid'.*cosine"):
+        make_betas("sigmoid", 10)
+    with pytest.raises(UserError, match=r"diffusion\.noise_schedule='shifted_cosine'"):
+        make_betas("shifted_cosine", 10)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 101, 1000])
+def test_respaced_timesteps_are_distinct_ascending_and_even(total):
+    for count in range(1, total + 1):
+        steps = respaced_timesteps(total, count)
+        assert len(steps) == count and steps[-1] == total - 1
+        if count > 1:
+            gaps = [b - a for a, b in zip(steps[:-1], steps[1:], strict=True)]
+            assert steps[0] == 0 and min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+            assert all(abs(step - i * (total - 1) / (count - 1)) <= 0.5 for i, step in enumerate(steps))
+
+
+@pytest.mark.parametrize("count", [0, -1, 11])
+def test_respacing_to_an_impossible_count_is_a_user_error(count):
+    with pytest.raises(UserError, match=rf"--sampling_steps={count}"):
+        respaced_timesteps(10, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 100, 1000])
+def test_respaced_chain_has_the_same_alpha_bar_at_its_steps(count):
+    betas = make_betas("cosine", 1000)
+    full, part = Schedule.from_betas(betas), Schedule.from_betas(betas, respaced_timesteps(1000, count))
+    torch.testing.assert_close(part.alpha_bar, full.alpha_bar[part.timesteps], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cumprod(1 - part.betas, 0), part.alpha_bar, rtol=1e-9, atol=1e-15)
+    assert len(part) == count and part.total == 1000
+
+
+def test_full_chain_keeps_its_betas():
+    betas = make_betas("linear", 1000)
+    torch.testing.assert_close(Schedule.from_betas(betas).betas, betas, rtol=1e-9, atol=0)
+
+
+def test_network_time_is_the_original_step_per_thousand():
+    schedule = Schedule.from_betas(make_betas("cosine", 500), respaced_timesteps(500, 5))
+    assert schedule.network_time.tolist() == [2.0 * step for step in schedule.timesteps]
+
+
+def test_posterior_of_step_0_is_x0_itself():
+    schedule = Schedule.from_betas(make_betas("cosine", 1000), [3, 500, 999])
+    assert (schedule.posterior_x0[0], schedule.posterior_xt[0], schedule.posterior_variance[0]) == (1, 0, 0)
+    assert (schedule.variance_small > 0).all() and (schedule.variance_large >= schedule.variance_small).all()
+    torch.testing.assert_close(schedule.variance_large[1:], schedule.betas[1:])
+
+
+def test_a_chain_of_one_step_has_all_tables():
+    schedule = Schedule.from_betas(make_betas("cosine", 1000), [999])
+    assert schedule.variance_small.tolist() == schedule.variance_large.tolist() == schedule.betas.tolist()
+    assert list(schedule.ascending_pairs()) == []
+    assert [(t, float(a_prev)) for t, _, a_prev in schedule.reversed_pairs()] == [(0, 1.0)]
+
+
+def test_pairs_walk_the_chain_both_ways():
+    schedule = Schedule.from_betas(make_betas("cosine", 10))
+    down, up = list(schedule.reversed_pairs()), list(schedule.ascending_pairs())
+    assert [t for t, _, _ in down] == list(range(9, -1, -1)) and [t for t, _, _ in up] == list(range(9))
+    assert all(a_prev == later for (_, _, a_prev), (_, later, _) in zip(down[:-1], down[1:], strict=True))
+    assert all(after == a for (_, _, after), (_, a, _) in zip(up[:-1], up[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_lookup_broadcasts_and_is_never_less_than_float32(dtype, expected):
+    schedule = Schedule.from_betas(make_betas("cosine", 1000))
+    t = torch.tensor([0, 999])
+    value = schedule.at("sqrt_one_minus_alpha_bar", t, torch.zeros(2, 3, 4, 5, dtype=dtype))
+    assert value.shape == (2, 1, 1, 1) and value.dtype == expected
+    torch.testing.assert_close(value.flatten().double(), (1 - schedule.alpha_bar[t]).sqrt(), rtol=1e-7, atol=0)
