@@ -1,0 +1,86 @@
+"""Encode images of a data set and decode them again, at any resolution.
+
+    python experiments/generate_recons.py --config configs/ffhq_256_config.py [--num_samples 64] [--output recons]
+
+Writes <output>/originals/00000.png, … and <output>/reconstructions/00000.png, …, and prints how close they are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from absl import flags
+from torch.utils.data import Subset
+
+from data.datasets import build_dataset
+from data.loader import all_batches
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.generate import decode, encode
+from diffusion.samplers import SAMPLERS
+from models.load import autoencoder_path, load_autoencoder
+from utils import cli, config, rng
+from utils.checkpoint import identity
+from utils.device import autocast, resolve_device, resolve_dtype
+from utils.folder import ImageFolder
+
+CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
+SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "which images to reconstruct")
+SIZE = flags.DEFINE_string("sample_img_size", None, "side of the reconstructions in pixels, or HEIGHTxWIDTH; default: "
+                           "the training resolution")
+SAMPLER = flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are sampled")
+STEPS = flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "how many images", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
+
+
+def main():
+    cfg = config.read_autoencoder_config(CONFIG)
+    height, width = size = config.parse_image_size(SIZE.value, cfg.data.img_size)
+    diffusion = build_diffusion(cfg, STEPS.value)
+    device = resolve_device(cfg.run.device)
+    dtype = resolve_dtype(cfg.train, device)
+    dataset = build_dataset(cfg, train=SPLIT.value == "train")
+    modules = load_autoencoder(cfg, device)
+
+    output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{height}x{width}")
+    total = min(NUM_SAMPLES.value, len(dataset))
+    source = {"split": SPLIT.value, "data": dataset.fingerprint()}
+    originals = ImageFolder(output / "originals", total, source)
+    folder = ImageFolder(output / "reconstructions", total, {
+        **source, "size": [height, width], "seed": cfg.run.seed, "sampler": SAMPLER.value, "steps": STEPS.value,
+        "decoder": identity(autoencoder_path(cfg))})
+
+    for indices, progress in folder.missing_batches(cfg.train.sample_size, evaluations=STEPS.value):
+        images, _ = next(all_batches(Subset(dataset, indices), len(indices), device))
+        with autocast(device, dtype):
+            z = encode(modules["encoder"], images)
+            generators = rng.sample_generators(device, indices, cfg.run.seed, "reconstruction")
+            result = decode(modules["decoder"], diffusion, z, size, SAMPLER.value, generators, cfg.data.channels,
+                            progress=progress)
+        originals.save(indices, images)
+        folder.save(indices, result)
+
+    scores = compare(originals.load(), folder.load(), diffusion.mollifier)
+    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    print(f"{total} images: mollified PSNR {scores['mollified_psnr']:.2f} dB, {scores['nearest_is_own']} of {total} "
+          f"reconstructions have their own original as the nearest one; images in {output}")
+
+
+def compare(originals, reconstructions, mollifier):
+    """How close reconstructions are to originals, both float [N, C, H, W], after blurring both at the size of the
+    originals: PSNR in dB, and for how many the nearest of the N originals is the reconstruction's own."""
+    if reconstructions.shape != originals.shape:
+        reconstructions = torch.nn.functional.interpolate(
+            reconstructions, originals.shape[-2:], mode="bilinear", antialias=True)
+    a, b = mollifier.blur(originals).flatten(1), mollifier.blur(reconstructions).flatten(1)
+    errors = torch.cdist(b, a).square() / a.shape[1]  # reconstructions in rows, originals in columns
+    own = errors.diagonal()
+    return {"count": len(a), "mollified_psnr": (10 * torch.log10(4 / own)).mean().item(),
+            "nearest_is_own": int((errors.argmin(1) == torch.arange(len(a))).sum())}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,255 @@
+"""The command line, end to end. The script is imported once; every call of it runs in a fork of that process."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SERVER = """
+import contextlib, json, os, sys
+from experiments import calculate_fid
+from utils import cli
+for line in sys.stdin:
+    arguments, folder, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        os.chdir(folder)
+        sys.argv = ["calculate_fid.py", *arguments]
+        code = 1
+        try:
+            cli.run(calculate_fid.main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+CONFIG = """
+from configs.defaults import autoencoder_config
+
+def get_config():
+    config = autoencoder_config(32)
+    config.run.output_dir = {output_dir!r}
+    config.run.device = "cpu"
+    config.data.name = "folder"
+    config.data.root_dir = {root_dir!r}
+    config.data.num_workers = 0
+    return config
+"""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def server():
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """run(*arguments) -> Result of the script, in an empty folder and with the offline network by default."""
+    working = tmp_path / "working"
+    working.mkdir()
+
+    def call(*arguments, model="efficientnet_lite0"):
+        out, err = tmp_path / "stdout", tmp_path / "stderr"
+        for path in (out, err):
+            path.write_text("")
+        request = [[f"--feature_model={model}", *map(str, arguments)], *map(str, (working, out, err))]
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return Result(int(server.stdout.readline()), out.read_text(), err.read_text())
+
+    return call
+
+
+def write_crops(folder, count, size, noise=0, seed=0):
+    """Crops of photos as 00000.png, …; the same for the same seed, whatever the noise."""
+    folder.mkdir()
+    places = np.random.default_rng(seed)
+    photos = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
+    for place in range(count):
+        photo = photos[place % 3]
+        top, left = (places.integers(0, side - 80) for side in photo.shape[:2])
+        crop = photo[top:top + size[0], left:left + size[1]]
+        crop = crop + np.random.default_rng(place).normal(0, noise, size=crop.shape)
+        Image.fromarray(crop.round().clip(0, 255).astype(np.uint8)).save(folder / f"{place:05d}.png")
+    return folder
+
+
+@pytest.fixture
+def real(tmp_path):
+    return write_crops(tmp_path / "real", 8, (32, 32))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return write_crops(tmp_path / "samples", 6, (32, 32), noise=30)
+
+
+@pytest.fixture
+def config(tmp_path, real):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(output_dir=str(tmp_path / "runs"), root_dir=str(real)))
+    return path
+
+
+LINE = re.compile(r"FD_efficientnet_lite0 (\d+\.\d\d) \((\d+) samples, (\d+) real images\) "
+                  r"· KID (-?\d\.\d{4}) ± (\d\.\d{4})\n")
+
+
+def check_line(result):
+    """The numbers of the one line on stdout."""
+    match = LINE.fullmatch(result.out)
+    assert result.code == 0 and match, result
+    return [float(group) for group in match.groups()]
+
+
+def check_refused(result, match):
+    assert result.code == 2 and result.out == ""
+    assert result.err.count("\n") == 1 and re.search(match, result.err), result.err
+
+
+def test_scores_against_the_data_set_of_a_config(run, config, samples, tmp_path):
+    result = run("--config", config, "--samples", samples, "--output", tmp_path / "new" / "scores.json")
+    distance, num_samples, num_real, kid, error = check_line(result)
+    assert distance > 10 and num_samples == 6 and num_real == 7  # one of the eight is held out
+    assert "6 samples and 7 real images: below 10000 the distance is biased" in result.err
+    assert "img/s" in result.err and "32x32" not in result.err
+    record = json.loads((tmp_path / "new" / "scores.json").read_text())
+    assert record["score"] == "FD_efficientnet_lite0" and record["value"] == pytest.approx(distance, abs=0.006)
+    assert record["kid"] == pytest.approx(kid, abs=6e-5)
+    assert record["kid_standard_error"] == pytest.approx(error, abs=6e-5)
+    assert record["num_samples"] == 6 and record["num_real_images"] == 7 and record["samples"] == str(samples)
+    assert "7 training images of 32x32" in record["real_images"][0] and len(record["weights_sha256"]) == 64
+
+
+def test_real_images_are_scored_once(run, config, samples, tmp_path):
+    command = ("--config", config, "--samples", samples)
+    first, second = run(*command), run(*command)
+    statistics = list((tmp_path / "runs" / "statistics").iterdir())
+    assert check_line(first) == check_line(second) and len(statistics) == 1
+    assert "real images: 100%" in first.err and "real images: 100%" not in second.err
+    assert str(statistics[0]) in second.err
+
+    statistics[0].write_bytes(b"damaged")
+    assert check_line(run(*command)) == check_line(first)
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "00000.png")  # other data: another key
+    assert check_line(run(*command)) != check_line(first)
+    assert len(list((tmp_path / "runs" / "statistics").iterdir())) == 2
+
+
+def test_the_same_images_are_at_distance_zero(run, real):
+    """Also says that real images are not flipped, cropped or resized on the way."""
+    distance, *_ = check_line(run("--samples", real, "--real", real))
+    assert distance == 0
+
+
+def test_a_real_folder_needs_no_config_and_takes_the_size_of_the_samples(run, tmp_path):
+    samples = write_crops(tmp_path / "samples", 6, (24, 48))
+    real = write_crops(tmp_path / "real", 7, (64, 48), seed=1)
+    result = run("--samples", samples, "--real", real, "--output", "scores.json")
+    assert check_line(result)[1:3] == [6, 7]
+    record = json.loads((tmp_path / "working" / "scores.json").read_text())
+    assert all("of 24x48" in described for described in record["real_images"])
+    assert (tmp_path / "working" / "checkpoints" / "statistics").is_dir()
+
+
+def test_a_real_folder_goes_before_the_data_set_of_a_config(run, config, samples, tmp_path):
+    other = write_crops(tmp_path / "other", 5, (32, 32), seed=1)
+    assert check_line(run("--config", config, "--samples", samples, "--real", other))[2] == 5
+
+
+def test_splits(run, config, samples):
+    for split, count in [("train", 7), ("all", 8)]:
+        assert check_line(run("--config", config, "--samples", samples, "--split", split))[2] == count
+    check_refused(run("--config", config, "--samples", samples, "--split", "heldout"), "1 real images are too few")
+
+
+def test_the_first_samples_by_name(run, config, real, samples, tmp_path):
+    for path in samples.iterdir():
+        path.rename(samples / f"1{path.name}")
+    for path in sorted(real.iterdir())[:4]:
+        (samples / path.name).write_bytes(path.read_bytes())
+    clean = check_line(run("--config", config, "--samples", samples, "--num_samples", 4))
+    noisy = check_line(run("--config", config, "--samples", samples))
+    assert clean[1] == 4 and noisy[1] == 10 and clean[0] < noisy[0]
+
+
+def test_latent_and_autoencoder_config_as_for_sampling(run, config, samples, tmp_path):
+    latent = tmp_path / "latent.py"
+    latent.write_text("from configs.defaults import latent_config\n\ndef get_config():\n    return latent_config()\n")
+    runs = tmp_path / "latent_runs"
+    alone = check_line(run("--decoder_config", config, "--samples", samples))
+    both = run("--config", latent, "--config.run.output_dir", runs, "--decoder_config", config, "--samples", samples)
+    assert check_line(both) == alone and (runs / "statistics").is_dir()
+    check_refused(run("--config", latent, "--samples", samples), "--real FOLDER, or a .*--decoder_config configs")
+
+
+def test_another_size_than_the_real_images_is_pointed_out(run, config, samples):
+    result = run("--config", config, "--config.data.img_size=16", "--samples", samples)
+    check_line(result)
+    assert "samples are 32x32 but real images 16x16; data.img_size" in result.err
+
+
+def test_mistakes(run, config, samples, real, tmp_path):
+    command = ("--config", config, "--samples")
+    check_refused(run("--config", config), "--samples is missing")
+    check_refused(run("--samples", samples), "real images are missing; give --real FOLDER, or .*--config")
+    check_refused(run("--samples", samples, "--config", tmp_path / "none.py"), "could not be loaded: .*none.py")
+    check_refused(run(*command, tmp_path / "nowhere"), "is not a folder")
+    check_refused(run("--samples", samples, "--real", tmp_path / "nowhere"), "--real=.* is not a folder")
+    check_refused(run(*command, samples, "--num_samples", 7), "num_samples=7 .* only 6 images")
+    check_refused(run(*command, samples, "--num_samples", 3), "3 samples are too few for a score; at least 4")
+    check_refused(run(*command, samples, "--num_samples", 0), "num_samples")
+    check_refused(run(*command, samples, "--split", "test"), "split")
+    check_refused(run(*command, samples, "--output", tmp_path), "--output=.* is a folder")
+    check_refused(run(*command, samples, "--weights", "nowhere.pt"), "weights='nowhere.pt' is not a file")
+    check_refused(run(*command, samples, model="vgg"), "feature_model")
+    check_refused(run(*command, samples, "--config.data.root_dir", tmp_path / "nowhere"), "data.root_dir=")
+    check_refused(run(*command, samples, "--config.run.device", "tpu"), "run.device='tpu'")
+    (tmp_path / "empty").mkdir()
+    check_refused(run(*command, tmp_path / "empty"), "has no images")
+    Image.new("RGB", (8, 8)).save(samples / "00003.png")
+    check_refused(run(*command, samples), "images of different sizes")
+    (samples / "00003.png").write_bytes(b"no picture")
+    check_refused(run(*command, samples), "00003.png' can't be read")
+
+
+def test_a_sample_with_damaged_pixels(run, config, samples):
+    content = (samples / "00002.png").read_bytes()
+    (samples / "00002.png").write_bytes(content[:len(content) // 2])
+    for workers in (0, 2):
+        result = run("--config", config, "--samples", samples, f"--config.data.num_workers={workers}")
+        assert result.code == 2 and result.out == "" and "Traceback" not in result.err
+        assert re.search(r"\nerror: image '.*00002.png' can't be read .*; make it again or delete it\n$", result.err)
+
+
+def test_the_script_runs_from_anywhere(tmp_path):
+    script = ROOT / "experiments" / "calculate_fid.py"
+    result = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "--samples" in result.stdout and "--feature_model" in result.stdout and "Traceback" not in result.stderr

@@ -1,0 +1,118 @@
+"""Stage 1: train the mollified diffusion autoencoder on random subsets of pixels.
+
+    python train_inf_ae_diffusion.py --config configs/ffhq_256_config.py --config.run.experiment=ffhq_mollified_256
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from data.coordinates import Coordinates
+from data.datasets import build_dataset
+from data.loader import all_batches, training_batches
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.generate import decode, encode
+from diffusion.timestep_samplers import build_timestep_sampler
+from models.build import build_decoder, build_encoder
+from utils import cli, config, rng
+from utils.device import resolve_device
+from utils.images import tile, to_uint8
+from utils.logging import check_wandb
+from utils.trainer import Trainer
+
+CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
+VALIDATION_IMAGES = 256
+PLOT_STEPS = 50  # DDIM steps of the pictures made while training
+
+
+def denoising_terms(modules, diffusion, cfg, images, t, stream):
+    """Terms of the stage-1 loss, each [B], for images [B, C, H, W] at time steps t [B].
+
+    The encoder sees one random subset of the pixels, the decoder denoises another:
+    E ‖f_θ(x_t, t, z) − Tξ‖² over the sampled coordinates, with z = encoder(x_0 at other coordinates).
+    stream    purpose -> one generator per image
+    """
+    def subset(purpose):
+        return Coordinates.random(len(images), images.shape[-2:], cfg.mc_integral.q_sample, cfg.mc_integral.type,
+                                  stream(purpose), images.device)
+
+    seen = subset("encoder coordinates")
+    encoding = modules["encoder"](seen.gather(images), seen, stream("stochastic encoding"))
+    z, *posterior = encoding if cfg.model.stochastic_encoding else [encoding]
+    coords = subset("decoder coordinates")
+    noise = rng.randn(images.shape, stream("noise"), images.device)
+    terms = diffusion.training_losses(lambda values, time: modules["decoder"](values, time, z, coords),
+                                      images, t, coords, noise)
+    if posterior:
+        mu, logvar = posterior
+        terms["kld"] = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        terms["loss"] = terms["loss"] + cfg.model.kld_weight * terms["kld"]
+    return terms
+
+
+def training_loss(modules, batch, step, diffusion, timesteps, cfg):
+    """Mean loss of a batch at random time steps, with the means of its terms."""
+    stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
+    t, weights = timesteps.sample(stream("t"))
+    terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
+    timesteps.update(t, terms["loss"].detach())
+    return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
+
+
+def validation_loss(modules, dataset, diffusion, cfg, device):
+    """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs."""
+    losses = []
+    for images, index in all_batches(dataset, cfg.train.batch_size, device):
+        t = index.to(device) * diffusion.num_steps // len(dataset)  # evenly over [0, T)
+        stream = functools.partial(rng.sample_generators, device, index, "validation")
+        losses.append(denoising_terms(modules, diffusion, cfg, images, t, stream)["loss"])
+    return {"validation_loss": torch.cat(losses).mean().item()}
+
+
+def pictures(modules, dataset, diffusion, cfg, device):
+    """Held-out images above their reconstructions, and samples from latents drawn near those of the held-out images."""
+    images, index = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
+    z = encode(modules["encoder"], images)
+    size, channels = images.shape[-2:], images.shape[1]
+
+    def show(z, purpose):
+        generators = rng.sample_generators(device, index, cfg.run.seed, purpose)
+        return decode(modules["decoder"], diffusion, z, size, "ddim", generators, channels)
+
+    pairs = torch.cat([images, show(z, "reconstruction")])
+    drawn = z.mean(0) + z.std(0, correction=0) * rng.randn(z.shape, rng.sample_generators(device, index, "z"), device)
+    return {"reconstructions": tile(to_uint8(pairs), len(images)),
+            "samples": tile(to_uint8(show(drawn, "samples")), max(1, round(len(images) ** 0.5)))}
+
+
+def main():
+    cfg = config.read_autoencoder_config(CONFIG)
+    device = resolve_device(cfg.run.device)
+    check_wandb(cfg.run)
+    diffusion = build_diffusion(cfg)
+    timesteps = build_timestep_sampler(cfg)
+    modules = build_modules(cfg)
+    train_set, heldout = build_dataset(cfg, train=True), build_dataset(cfg, train=False)
+    shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
+
+    Trainer(
+        cfg, "autoencoder", modules,
+        loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
+        batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
+                                              num_workers=cfg.data.num_workers, device=device),
+        validate=lambda ema: validation_loss(ema, shown, diffusion, cfg, device),
+        plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),
+        device=device, state={"timesteps": timesteps},
+    ).train()
+
+
+def build_modules(cfg):
+    """Encoder and decoder, initialised as a function of run.seed."""
+    torch.manual_seed(rng.seed_of(cfg.run.seed, "initial weights"))
+    return nn.ModuleDict({"encoder": build_encoder(cfg), "decoder": build_decoder(cfg)})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Stage 2: train the diffusion model over the autoencoder's latents.
+
+    python train_latent_diffusion.py --config configs/ffhq_latent_config.py --config.run.experiment=ffhq_sampler \
+        --decoder_config configs/ffhq_256_config.py --decoder_config.run.experiment=ffhq_mollified_256
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from data.datasets import build_dataset
+from data.latents import load_latents
+from data.loader import training_item
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.generate import decode, encode, sample_latents
+from diffusion.timestep_samplers import build_timestep_sampler
+from models.build import build_latent_model
+from models.load import load_autoencoder
+from utils import cli, config, rng
+from utils.device import resolve_device
+from utils.images import tile, to_uint8
+from utils.logging import check_wandb
+from utils.trainer import Trainer
+
+CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py")
+DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
+PLOT_STEPS = 50  # sampling steps, of latents and of images, for the pictures made while training
+
+
+class LatentBatch(NamedTuple):
+    z: torch.Tensor  # standardised latents, float32 [B, Z]
+    index: torch.Tensor  # global sample indices, int64 [B]
+
+
+def latent_batches(latents, batch_size, seed, start_step):
+    """Endless batches of latents [N, Z] on their device, a pure function of (seed, step)."""
+    for step in itertools.count(start_step):
+        index = torch.arange(step * batch_size, (step + 1) * batch_size)
+        items = [training_item(len(latents), seed, int(p), augment=False)[0] for p in index]
+        yield LatentBatch(latents[items], index)
+
+
+def training_loss(modules, batch, step, diffusion, timesteps, cfg):
+    """Mean loss of a batch of latents at random time steps, with the means of its terms."""
+    stream = functools.partial(rng.sample_generators, batch.z.device, batch.index, cfg.run.seed)
+    t, weights = timesteps.sample(stream("t"))
+    noise = rng.randn(batch.z.shape, stream("noise"), batch.z.device)
+    terms = diffusion.training_losses(modules["latent_model"], batch.z, t, None, noise)
+    timesteps.update(t, terms["loss"].detach())
+    return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
+
+
+def validation_loss(modules, heldout, diffusion):
+    """Mean loss over held-out latents [N, Z] at fixed time steps, spread evenly, and fixed noise."""
+    order = torch.arange(len(heldout), device=heldout.device)
+    noise = rng.randn(heldout.shape, rng.generator(heldout.device, "validation"), heldout.device)
+    terms = diffusion.training_losses(modules["latent_model"], heldout, order * diffusion.num_steps // len(heldout),
+                                      None, noise)
+    return {"validation_loss": terms["loss"].mean().item()}
+
+
+def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device):
+    """Images decoded from sampled latents."""
+    generators = rng.sample_generators(device, range(cfg.train.sample_size), cfg.run.seed, "samples")
+    z = sample_latents(modules["latent_model"], build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)),
+                       latents.mean.to(device), latents.std.to(device), generators, "ddim")
+    size = (decoder_cfg.data.img_size, decoder_cfg.data.img_size)
+    images = decode(autoencoder["decoder"], build_diffusion(decoder_cfg, min(PLOT_STEPS, decoder_cfg.diffusion.steps)),
+                    z, size, "ddim", generators, decoder_cfg.data.channels)
+    return {"samples": tile(to_uint8(images), max(1, round(len(images) ** 0.5)))}
+
+
+def main():
+    cfg, decoder_cfg = config.read_latent_config(CONFIG), config.read_autoencoder_config(DECODER_CONFIG)
+    config.check_same_latent(cfg, decoder_cfg)
+    device = resolve_device(cfg.run.device)
+    check_wandb(cfg.run)
+    diffusion = build_diffusion(cfg)
+    timesteps = build_timestep_sampler(cfg)
+    torch.manual_seed(rng.seed_of(cfg.run.seed, "initial weights"))
+    modules = nn.ModuleDict({"latent_model": build_latent_model(cfg)})
+    autoencoder = load_autoencoder(decoder_cfg, device)
+    latents = load_latents(
+        config.run_dir(cfg) / "latents.pt", functools.partial(encode, autoencoder["encoder"]),
+        autoencoder["encoder"].state_dict(), build_dataset(decoder_cfg, train=True),
+        build_dataset(decoder_cfg, train=False), decoder_cfg.train.batch_size, device, decoder_cfg.data.num_workers)
+    train, heldout = latents.train.to(device), latents.heldout.to(device)
+
+    Trainer(
+        cfg, "latent", modules,
+        loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
+        batches=lambda step: latent_batches(train, cfg.train.batch_size, cfg.run.seed, step),
+        validate=lambda ema: validation_loss(ema, heldout, diffusion),
+        plot=lambda ema: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device),
+        device=device, state={"timesteps": timesteps}, facts={"mean": latents.mean, "std": latents.std},
+        filename="latent_checkpoint.pt", best="validation_loss",
+    ).train()
+
+
+if __name__ == "__main__":
+    cli.run(main)
