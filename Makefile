@@ -3,19 +3,25 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-DEMO := --config configs/demo_latent_config.py --decoder_config configs/demo_config.py
-SAMPLE := $(RUN) experiments/generate_samples.py $(DEMO) --sampling_steps 50
+AUTOENCODER := --config configs/demo_config.py
+BOTH := --config configs/demo_latent_config.py --decoder_config configs/demo_config.py
+SAMPLE := $(RUN) experiments/generate_samples.py $(BOTH) --sampler dpm_solver --sampling_steps 20 \
+	--latent_sampler dpm_solver --latent_sampling_steps 50
+SCORE := $(RUN) experiments/calculate_fid.py $(AUTOENCODER) --split heldout --feature_model efficientnet_lite0
 
 .PHONY: demo test
 
 demo: .venv/installed
-	$(RUN) train_inf_ae_diffusion.py --config configs/demo_config.py
-	$(RUN) experiments/generate_recons.py --config configs/demo_config.py --sampling_steps 50 --output demo/recons
-	$(RUN) train_latent_diffusion.py $(DEMO)
+	$(RUN) train_inf_ae_diffusion.py $(AUTOENCODER)
+	$(RUN) experiments/generate_recons.py $(AUTOENCODER) --num_samples 64 --sampling_steps 50 --output demo/recons
+	$(RUN) train_latent_diffusion.py $(BOTH)
 	$(SAMPLE) --output demo/samples_1x
 	$(SAMPLE) --output demo/samples_2x --sample_img_size 64 --num_samples 16
 	$(SAMPLE) --output demo/samples_4x --sample_img_size 128 --num_samples 16
-	$(RUN) experiments/report.py $(DEMO) --folder demo --output report.html
+	$(RUN) experiments/generate_noise.py $(AUTOENCODER) --output demo/noise
+	$(SCORE) --samples demo/samples_1x --output demo/samples_scores.json
+	$(SCORE) --samples demo/noise --output demo/noise_scores.json
+	$(RUN) experiments/report.py $(BOTH) --folder demo --output report.html
 
 test: .venv/installed
 	$(RUN) -m pytest

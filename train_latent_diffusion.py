@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data.datasets import build_dataset
-from data.latents import load_latents
+from data.latents import latents_key, load_latents
 from data.loader import training_item
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode, sample_latents
@@ -20,13 +20,15 @@ from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_latent_model
 from models.load import load_autoencoder
 from utils import cli, config, rng
-from utils.device import resolve_device
+from utils.checkpoint import digest
+from utils.device import autocast, resolve_device, resolve_dtype
 from utils.images import tile, to_uint8
 from utils.logging import check_wandb
 from utils.trainer import Trainer
 
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
+VALIDATION_PAIRS = 1024
 PLOT_STEPS = 50  # sampling steps, of latents and of images, for the pictures made while training
 
 
@@ -54,7 +56,9 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
 
 
 def validation_loss(modules, heldout, diffusion):
-    """Mean loss over held-out latents [N, Z] at fixed time steps, spread evenly, and fixed noise."""
+    """Mean loss over held-out latents [N, Z], repeated to about VALIDATION_PAIRS, at fixed noise and fixed time steps,
+    which are spread evenly."""
+    heldout = heldout.repeat(-(-VALIDATION_PAIRS // len(heldout)), 1)[:VALIDATION_PAIRS]
     order = torch.arange(len(heldout), device=heldout.device)
     noise = rng.randn(heldout.shape, rng.generator(heldout.device, "validation"), heldout.device)
     terms = diffusion.training_losses(modules["latent_model"], heldout, order * diffusion.num_steps // len(heldout),
@@ -83,21 +87,28 @@ def main():
     torch.manual_seed(rng.seed_of(cfg.run.seed, "initial weights"))
     modules = nn.ModuleDict({"latent_model": build_latent_model(cfg)})
     autoencoder = load_autoencoder(decoder_cfg, device)
-    latents = load_latents(
-        config.run_dir(cfg) / "latents.pt", functools.partial(encode, autoencoder["encoder"]),
-        autoencoder["encoder"].state_dict(), build_dataset(decoder_cfg, train=True),
-        build_dataset(decoder_cfg, train=False), decoder_cfg.train.batch_size, device, decoder_cfg.data.num_workers)
-    train, heldout = latents.train.to(device), latents.heldout.to(device)
+    encoder, dtype = autoencoder["encoder"], resolve_dtype(decoder_cfg.train, device)
+    datasets = build_dataset(decoder_cfg, train=True), build_dataset(decoder_cfg, train=False)
+    key = latents_key(encoder, dtype, *datasets)
 
-    Trainer(
+    # Before the latents, which can take an hour: a trainer refuses at once what it cannot go on with.
+    trainer = Trainer(
         cfg, "latent", modules,
         loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
-        batches=lambda step: latent_batches(train, cfg.train.batch_size, cfg.run.seed, step),
-        validate=lambda ema: validation_loss(ema, heldout, diffusion),
+        batches=lambda step: latent_batches(latents.train.to(device), cfg.train.batch_size, cfg.run.seed, step),
+        validate=lambda ema: validation_loss(ema, latents.heldout.to(device), diffusion),
         plot=lambda ema: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device),
-        device=device, state={"timesteps": timesteps}, facts={"mean": latents.mean, "std": latents.std},
-        filename="latent_checkpoint.pt", best="validation_loss",
-    ).train()
+        device=device, state={"timesteps": timesteps}, source=key,
+        filename="latent_checkpoint.pt", best="validation_loss")
+
+    def encode_images(images):
+        with autocast(device, dtype):
+            return encode(encoder, images)
+
+    latents = load_latents(config.run_dir(cfg) / "latents.pt", key, encode_images, *datasets,
+                           decoder_cfg.train.batch_size, device, decoder_cfg.data.num_workers)
+    trainer.facts.update(mean=latents.mean, std=latents.std, encoder=digest(encoder.state_dict()))
+    trainer.train()
 
 
 if __name__ == "__main__":

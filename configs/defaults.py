@@ -78,6 +78,7 @@ def autoencoder_config(img_size):
     diffusion.mollifier_type = "dct"  # dct, none
     diffusion.model_mean_type = "mollified_epsilon"  # mollified_epsilon, epsilon, v, xstart
     diffusion.precondition = False
+    diffusion.balance_loss = False  # equal weights on the preconditioned network's error at every step
     diffusion.multiscale_loss = False
     diffusion.multiscale_max_img_size = 32
 

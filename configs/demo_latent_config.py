@@ -11,6 +11,8 @@ def get_config():
     config.train.batch_size = 256
     config.train.sample_size = 64
     config.train.max_steps = 2000
+    config.train.precision = "fp32"
+    config.train.ema_update_every = 1
     config.train.plot_graph_steps = 50
     config.train.plot_samples_steps = 100_000
     config.train.validate_steps = 100
@@ -18,5 +20,6 @@ def get_config():
     config.model.z_dim = 128
     config.model.num_layers = 4
     config.model.hidden_dim = 512
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.decay = "cosine"
     return config

@@ -71,7 +71,7 @@ class Coordinates:
             index = _stratified(batch, size, num_points, generator, device)
         else:
             raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-        return cls._trusted(index, size)
+        return cls._trusted(index, size, raster=num_points == pixels)
 
     @property
     def batch(self):

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from data.loader import all_batches
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 
@@ -21,13 +21,18 @@ class Latents:
     std: torch.Tensor
 
 
-def load_latents(path, encode, weights, train_set, heldout_set, batch_size, device, num_workers=0):
-    """Latents of both sets and their mirror images, from the cache at `path` if it fits, else encoded anew.
+def latents_key(encoder, dtype, *datasets):
+    """Text that changes when the latents would: from the weights, the arithmetic and the data."""
+    parts = [digest(encoder.state_dict()), str(dtype), *(dataset.fingerprint() for dataset in datasets)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
+
+def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, num_workers=0):
+    """Latents of both sets and their mirror images, from the cache at `path` if it has the key, else encoded anew.
+
+    key       of latents_key
     encode    images [B, C, H, W] -> latents [B, Z]
-    weights   the encoder's state dict; with the data sets' fingerprints it makes the key of the cache
     """
-    key = _key(weights, train_set, heldout_set)
     saved = _read(path, key)
     if saved is None:
         saved = {"kind": "latents", "key": key}
@@ -37,16 +42,6 @@ def load_latents(path, encode, weights, train_set, heldout_set, batch_size, devi
     mean = saved["train"].mean(0)
     std = saved["train"].std(0).clamp_min(1e-6)  # a dimension that the encoder does not use stays zero
     return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std)
-
-
-def _key(weights, *datasets):
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for dataset in datasets:
-        digest.update(dataset.fingerprint().encode())
-    return digest.hexdigest()
 
 
 def _read(path, key):

@@ -34,10 +34,13 @@ class GaussianDiffusion:
     variance              of p(x_{t-1} | x_t): "large" (beta_t), "small" (beta~_t) or "learned" (between them, from a
                           network with twice the channels: first the prediction, then the place between the two)
     multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
+    balance_loss          weigh the steps as Parameterisation.balance says, so that those of high noise count as much
+                          as others: they decide the layout of an image, and what the latent has to say
     """
 
     def __init__(
-        self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None
+        self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None,
+        balance_loss=False
     ):
         check_loss_type(loss_type)
         if multiscale_max_size is not None:
@@ -48,6 +51,9 @@ class GaussianDiffusion:
         self.loss_type = loss_type
         self.variance = variance
         self.multiscale_max_size = multiscale_max_size
+        if balance_loss and parameterisation.data_variance is None:
+            raise UserError("diffusion.balance_loss=True needs diffusion.precondition=True; change one of them")
+        self.balance_loss = balance_loss
 
     @property
     def num_steps(self):
@@ -85,6 +91,8 @@ class GaussianDiffusion:
 
         losses = {"mse": prediction_loss("mse", prediction, target).detach()}
         losses["loss"] = prediction_loss(self.loss_type, prediction, target)
+        if self.balance_loss:
+            losses["loss"] = losses["loss"] * self.parameterisation.balance(t, losses["loss"])
         if self.multiscale_max_size is not None:
             if coords is None:
                 raise ValueError("the multiscale loss needs coordinates; latents have none")
@@ -184,6 +192,7 @@ def build_diffusion(config, steps=None):
         loss_type=options.loss_type,
         variance="learned" if config.model.get("learn_sigma", False) else variance,
         multiscale_max_size=options.multiscale_max_img_size if options.get("multiscale_loss", False) else None,
+        balance_loss=options.get("balance_loss", False),
     )
 
 

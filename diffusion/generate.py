@@ -1,9 +1,10 @@
 """From images to latents and back: the encoder, the decoder's sampling loop and the latent model's, as functions.
 
-Models are taken as they are: put them in eval mode first (models.build.load_* and utils.ema.EMA do).
+Models are taken as they are: put them in eval mode first (models.load and utils.ema.EMA do).
 """
 
 import torch
+import torch.nn.functional as F
 
 from data.coordinates import Coordinates
 from diffusion.samplers import sample
@@ -45,3 +46,16 @@ def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim
         if progress:
             progress(1)
     return state * std + mean
+
+
+def reconstruction_scores(originals, reconstructions, mollifier):
+    """How close reconstructions are to originals, both float [N, C, H, W], after blurring both at the size of the
+    originals: PSNR in dB, and for how many the nearest of the N originals is the reconstruction's own."""
+    if reconstructions.shape != originals.shape:
+        reconstructions = F.interpolate(
+            reconstructions, originals.shape[-2:], mode="bilinear", antialias=True)
+    a, b = mollifier.blur(originals).flatten(1), mollifier.blur(reconstructions).flatten(1)
+    errors = torch.cdist(b, a).square() / a.shape[1]  # reconstructions in rows, originals in columns
+    own = errors.diagonal()
+    return {"count": len(a), "mollified_psnr": (10 * torch.log10(4 / own)).mean().item(),
+            "nearest_is_own": int((errors.argmin(1) == torch.arange(len(a))).sum())}

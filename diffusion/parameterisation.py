@@ -66,6 +66,15 @@ class Parameterisation:
         v_t = a**2 * v_d + b**2 * v_n
         return b * v_n / v_t * x_t + a * (v_d * v_n / v_t).sqrt() * output
 
+    def balance(self, t, like):
+        """v_n / c_out², like a loss [B]: a squared error times it counts relative to what the best linear guess leaves.
+
+        The same weight in every step on the error of F, as Karras et al. 2022 choose (their lambda(sigma)).
+        """
+        a, b = self._levels(t, like)
+        v_d, v_n = self.data_variance, self.mollifier.noise_variance
+        return (a**2 * v_d + b**2 * v_n) / (a**2 * v_d)
+
     def estimate(self, prediction, x_t, t, coords):
         """T x_0 from the prediction and the state, [B, L, C] at the coordinates; exact where coords is full."""
         p, q = self._coefficients(t, x_t)

@@ -61,7 +61,8 @@ def respaced_timesteps(total, count):
     Raises UserError unless 1 <= count <= total.
     """
     if not 1 <= count <= total:
-        raise UserError(f"--sampling_steps={count} must lie between 1 and diffusion.steps={total}")
+        raise UserError(f"{count} sampling steps (--sampling_steps, --latent_sampling_steps) must lie between 1 and "
+                        f"diffusion.steps={total}")
     if count == 1:
         return [total - 1]
     gaps = count - 1

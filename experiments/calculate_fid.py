@@ -2,7 +2,7 @@
 
     python experiments/calculate_fid.py --config configs/ffhq_256_config.py --samples samples/
 
-The paper's protocol: 50,000 samples against all training images, resized and never flipped, in CLIP ViT-B/32 features.
+The paper's protocol: 50,000 samples against real images that are resized and never flipped, in CLIP ViT-B/32 features.
 Without a network connection or the CLIP weights, --feature_model=efficientnet_lite0 works; its figure is not a FID.
 """
 
@@ -26,6 +26,7 @@ from utils.device import resolve_device
 from utils.errors import UserError
 from utils.feature_cache import cached_statistics
 from utils.features import NETWORKS, PREPROCESSING_VERSION, build_feature_model, extract
+from utils.files import replacing
 from utils.metrics import MIN_IMAGES, score, statistics
 from utils.sample_folder import SampleFolder
 
@@ -73,6 +74,8 @@ def check_flags():
         raise UserError("--samples is missing; give the folder that experiments/generate_samples.py wrote")
     if REAL.value is not None and not Path(REAL.value).is_dir():
         raise UserError(f"--real={REAL.value} is not a folder; give the folder with the real images")
+    if REAL.value is not None and flags.FLAGS["split"].present:
+        raise UserError("--split chooses images of a config's data set; with --real all images of the folder are used")
     if OUTPUT.value is not None and Path(OUTPUT.value).is_dir():
         raise UserError(f"--output={OUTPUT.value} is a folder; give the name of a JSON file")
 
@@ -121,11 +124,8 @@ def report(scores, score_name, details):
     record = {"score": score_name, "value": scores["frechet"], "kid": scores["kid"],
               "kid_standard_error": scores["kid_standard_error"], "samples": SAMPLES.value,
               "num_samples": scores["count_a"], "num_real_images": scores["count_b"], **details}
-    path = Path(OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(OUTPUT.value) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from absl import flags
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode
+from diffusion.generate import decode, encode, reconstruction_scores
 from diffusion.samplers import SAMPLERS
 from models.load import autoencoder_path, load_autoencoder
 from utils import cli, config, rng
@@ -32,7 +31,8 @@ SIZE = flags.DEFINE_string("sample_img_size", None, "side of the reconstructions
                            "the training resolution")
 SAMPLER = flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are sampled")
 STEPS = flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "how many images", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many images; default: data.fid_samples, or all there are",
+                                   lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
 
 
@@ -46,7 +46,7 @@ def main():
     modules = load_autoencoder(cfg, device)
 
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{height}x{width}")
-    total = min(NUM_SAMPLES.value, len(dataset))
+    total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))
     source = {"split": SPLIT.value, "data": dataset.fingerprint()}
     originals = ImageFolder(output / "originals", total, source)
     folder = ImageFolder(output / "reconstructions", total, {
@@ -63,23 +63,10 @@ def main():
         originals.save(indices, images)
         folder.save(indices, result)
 
-    scores = compare(originals.load(), folder.load(), diffusion.mollifier)
+    scores = reconstruction_scores(originals.load(), folder.load(), diffusion.mollifier)
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{total} images: mollified PSNR {scores['mollified_psnr']:.2f} dB, {scores['nearest_is_own']} of {total} "
           f"reconstructions have their own original as the nearest one; images in {output}")
-
-
-def compare(originals, reconstructions, mollifier):
-    """How close reconstructions are to originals, both float [N, C, H, W], after blurring both at the size of the
-    originals: PSNR in dB, and for how many the nearest of the N originals is the reconstruction's own."""
-    if reconstructions.shape != originals.shape:
-        reconstructions = torch.nn.functional.interpolate(
-            reconstructions, originals.shape[-2:], mode="bilinear", antialias=True)
-    a, b = mollifier.blur(originals).flatten(1), mollifier.blur(reconstructions).flatten(1)
-    errors = torch.cdist(b, a).square() / a.shape[1]  # reconstructions in rows, originals in columns
-    own = errors.diagonal()
-    return {"count": len(a), "mollified_psnr": (10 * torch.log10(4 / own)).mean().item(),
-            "nearest_is_own": int((errors.argmin(1) == torch.arange(len(a))).sum())}
 
 
 if __name__ == "__main__":

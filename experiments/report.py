@@ -3,8 +3,9 @@
     python experiments/report.py --config configs/demo_latent_config.py --decoder_config configs/demo_config.py \
         --folder demo --output report.html
 
-Reads the metrics of both runs and, below --folder, what the other scripts wrote: recons/ (generate_recons.py), and
-samples_1x/, samples_2x/, samples_4x/ (generate_samples.py).
+Reads the metrics of both runs and, below --folder, what the other scripts wrote: recons/ (generate_recons.py),
+samples_1x/, samples_2x/, samples_4x/ (generate_samples.py), and samples_scores.json and noise_scores.json
+(calculate_fid.py, of samples_1x/ and of the images of generate_noise.py).
 """
 
 import base64
@@ -22,15 +23,10 @@ import torch
 from absl import flags
 
 from data.datasets import build_dataset
-from data.loader import all_batches
-from diffusion.gaussian_diffusion import build_diffusion
-from utils import cli, config, rng
-from utils.device import resolve_device
+from utils import cli, config
 from utils.errors import UserError
-from utils.features import build_feature_model, extract
-from utils.images import read_image, tile, to_pil, to_uint8
+from utils.images import read_image, tile, to_pil
 from utils.logging import read_metrics
-from utils.metrics import score
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,7 +35,6 @@ CONFIG = config.define_config_flag("config", "latent config")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the autoencoder")
 FOLDER = flags.DEFINE_string("folder", "demo", "folder with recons/ and samples_*x/")
 OUTPUT = flags.DEFINE_string("output", "report.html", "the page to write")
-FEATURES = "efficientnet_lite0"  # needs no download; its figures are not FIDs
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
@@ -51,12 +46,11 @@ def load_pngs(folder):
     return torch.stack([read_image(file) for file in files])
 
 
-def noise_images(dataset, diffusion, device):
-    """What no trained model should resemble: mollified noise with the mean and variance of the data, uint8, as many."""
-    images = torch.cat([images for images, _ in all_batches(dataset, 64, device)])
-    noise = diffusion.mollifier.noise_like(images, rng.generator(device, "noise images"))
-    noise = (noise - noise.mean((0, 2, 3), keepdim=True)) / noise.std((0, 2, 3), keepdim=True)
-    return to_uint8(noise * images.std((0, 2, 3), keepdim=True) + images.mean((0, 2, 3), keepdim=True))
+def load_json(path):
+    """What a JSON file of another script holds."""
+    if not path.is_file():
+        raise UserError(f"--folder: there is no {path}; run the sampling scripts first (see make demo)")
+    return json.loads(path.read_text())
 
 
 def curves(folder, title):
@@ -97,6 +91,11 @@ def table(rows):
     return "<table>" + "".join(f"<tr>{row[0]}</tr>" for row in cells) + "</table>"
 
 
+def score_row(label, scores):
+    """A row of the table of scores, from what calculate_fid.py wrote."""
+    return label, f"{scores['kid']:.4f}", f"{scores['kid_standard_error']:.4f}", f"{scores['value']:.1f}"
+
+
 def seconds(metrics):
     """Training time of a run: each start of it counts its own seconds from zero."""
     total = last = 0.0
@@ -109,26 +108,21 @@ def seconds(metrics):
 
 def main():
     cfg, decoder_cfg = config.read_latent_config(CONFIG), config.read_autoencoder_config(DECODER_CONFIG)
-    device = resolve_device(cfg.run.device)
     folder = Path(FOLDER.value)
     originals, recons = load_pngs(folder / "recons" / "originals"), load_pngs(folder / "recons" / "reconstructions")
     samples = {scale: load_pngs(folder / f"samples_{scale}x") for scale in (1, 2, 4)}
-    closeness = json.loads((folder / "recons" / "scores.json").read_text())
+    closeness = load_json(folder / "recons" / "scores.json")
 
     heldout = build_dataset(decoder_cfg, train=False)
-    model = build_feature_model(FEATURES, device)
-    features = {name: extract(images, model, progress=f"features of {name}") for name, images in (
-        ("held-out images", heldout), ("samples", samples[1]),
-        ("noise", noise_images(heldout, build_diffusion(decoder_cfg), device)))}
-    scores = {name: score(features[name], features["held-out images"]) for name in ("samples", "noise")}
+    scores = {name: load_json(folder / f"{name}_scores.json") for name in ("samples", "noise")}
     times = [("step", "seconds")]
     for title, run in (("training the autoencoder", decoder_cfg), ("training the latent model", cfg)):
         times.append((title, f"{seconds(read_metrics(config.run_dir(run) / 'metrics.jsonl')):.0f}"))
-    for name in ("recons/reconstructions", *(f"samples_{scale}x" for scale in samples)):
-        settings = json.loads((folder / name / "settings.json").read_text())
-        count = len(list((folder / name).glob("*.png")))
-        times.append((f"{count} images of {settings['size'][0]}x{settings['size'][1]}, {settings['steps']} steps "
-                      f"of {settings['sampler']}", f"{settings['seconds']:.0f}"))
+    for what, name, images in (("reconstructions", "recons/reconstructions", recons),
+                               *(("samples", f"samples_{scale}x", samples[scale]) for scale in samples)):
+        made = load_json(folder / name / "settings.json")
+        times.append((f"{len(images)} {what} of {made['size'][0]}x{made['size'][1]}, {made['steps']} steps of "
+                      f"{made['sampler']}", f"{made['seconds']:.0f}"))
 
     page = string.Template(TEMPLATE.read_text()).substitute(
         title=html.escape(decoder_cfg.run.experiment), q_sample=decoder_cfg.mc_integral.q_sample,
@@ -137,12 +131,12 @@ def main():
         originals=picture(originals[:64], 8, 2, "originals"), recons=picture(recons[:64], 8, 2, "reconstructions"),
         samples_1x=picture(samples[1][:64], 8, 2, "samples"), size_1x=samples[1].shape[-1],
         samples_2x=picture(samples[2][:16], 4, 2, "samples at twice the resolution"), size_2x=samples[2].shape[-1],
-        samples_4x=picture(samples[4][:16], 4, 2, "samples at four times the resolution"), size_4x=samples[4].shape[-1],
-        scores=table([("", "KID", "standard error", f"FD_{FEATURES}"), *(
-            (label, f"{scores[name]['kid']:.4f}", f"{scores[name]['kid_standard_error']:.4f}",
-             f"{scores[name]['frechet']:.1f}") for name, label in (
-                ("samples", f"{len(samples[1])} samples"), ("noise", "mollified noise of the same mean and variance")))]),
-        heldout=len(heldout), features=FEATURES, ratio=f"{scores['samples']['kid'] / scores['noise']['kid']:.2f}",
+        samples_4x=picture(samples[4][:16], 4, 2, "samples at 4 times the resolution"), size_4x=samples[4].shape[-1],
+        scores=table([("", "KID", "standard error", scores["samples"]["score"]),
+                      score_row(f"{len(samples[1])} samples", scores["samples"]),
+                      score_row("mollified noise of the same mean and variance", scores["noise"])]),
+        heldout=len(heldout), features=scores["samples"]["feature_model"],
+        ratio=f"{scores['samples']['kid'] / scores['noise']['kid']:.2f}",
         curves=curves(config.run_dir(decoder_cfg), "autoencoder") + curves(config.run_dir(cfg), "latent model"),
         times=table(times))
     output = Path(OUTPUT.value)

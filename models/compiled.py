@@ -1,10 +1,8 @@
 """Running loops that numba compiles, on CPU tensors."""
 
-import ctypes
 import functools
 import logging
 import pathlib
-import sys
 import threading
 
 import torch
@@ -52,16 +50,3 @@ def _kernel(name):
     numba.set_num_threads(1)  # starts numba's threads, and where both use one OpenMP that changes the number of torch's
     torch.set_num_threads(threads)
     return numba, kernel
-
-
-@functools.cache
-def keep_freed_memory():
-    """Have glibc keep what is freed for the next step, in this process; does nothing with other C libraries.
-
-    It would return the memory of large tensors to the kernel each time, and the page faults when they are made again
-    cost up to twice as much as these loops, and a sixth of the time of convolutions.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: smaller tensors live on the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -3,8 +3,9 @@
 from torch import nn
 
 from models.build import build_decoder, build_encoder, build_latent_model
-from utils.checkpoint import check_same_architecture, load_checkpoint, load_weights
+from utils.checkpoint import check_same_architecture, digest, load_checkpoint, load_weights
 from utils.config import run_dir
+from utils.errors import UserError
 
 
 def autoencoder_path(config):
@@ -24,13 +25,17 @@ def load_autoencoder(config, device):
     return _frozen(modules, device)
 
 
-def load_latent_model(config, device):
+def load_latent_model(config, device, encoder):
     """(latent model, mean [Z], std [Z]) of a stage-2 run, from its best checkpoint by held-out loss.
 
     mean and std are those of the training latents: z · std + mean brings samples to the encoder's units.
+    UserError where it was trained on latents of another encoder than this one.
     """
     modules = nn.ModuleDict({"latent_model": build_latent_model(config)})
     facts = _load(modules, config, latent_path(config), "latent")
+    if facts["encoder"] != digest(encoder.state_dict()):
+        raise UserError(f"{latent_path(config)} was trained on latents of another encoder than that of "
+                        "--decoder_config; train the latent model again, in another run.experiment")
     return _frozen(modules, device)["latent_model"], facts["mean"].to(device), facts["std"].to(device)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk: written whole or not at all, loaded without running anything that is in them."""
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
+from utils.files import replacing
 
 FORMAT = 1
 
@@ -15,21 +17,16 @@ FORMAT = 1
 def save_checkpoint(path, state):
     """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`.
 
-    The file is written beside its final place, flushed to disk and renamed, so that a process killed at any moment
-    leaves either the old file or the new one. OSError where the disk is full or the folder not writable.
+    It is on the disk before it takes the place of an older file, so that neither a killed process nor a power failure
+    leaves half of one. OSError where the disk is full or the folder not writable.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.name == "nt":  # folders cannot be flushed there
+        return
+    folder = os.open(Path(path).parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -62,6 +59,15 @@ def identity(path):
     return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
+def digest(weights):
+    """Hexadecimal digest of a state dict."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        result.update(name.encode())
+        result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
 def load_weights(module, state, path):
     """Strictly load a state dict; a UserError names the first tensor that differs, with both shapes."""
     own = module.state_dict()
@@ -75,13 +81,15 @@ def load_weights(module, state, path):
 
 
 def check_same_architecture(saved, current, path):
-    """UserError naming the first field of config section `model` or `diffusion` that differs between two dicts."""
-    for section in ("model", "diffusion"):
+    """UserError naming the first field that differs between two configs (as dicts) and that a network depends on."""
+    for section, names in (("data", ("img_size", "channels")), ("model", None), ("diffusion", None)):
         for name, value in current.get(section, {}).items():
             before = saved.get(section, {}).get(name)
-            if _plain(before) != _plain(value) and name not in ("backend", "attention"):
+            relevant = name in names if names else name not in ("backend", "attention")
+            if relevant and _plain(before) != _plain(value):
+                other = "; another size is sampled with --sample_img_size" if name == "img_size" else ""
                 raise UserError(f"{path} was trained with {section}.{name}={before!r}, the config has {value!r}; "
-                                "use the same value, or another run.experiment")
+                                f"use the same value, or another run.experiment{other}")
 
 
 def _plain(value):

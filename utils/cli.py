@@ -6,8 +6,10 @@ Exit codes: 0 done · 1 a fault (a loss that is not finite, a full disk) · 2 a 
 import logging
 import sys
 
+import torch
 from absl import app, flags
 
+from utils.device import keep_freed_memory
 from utils.errors import UserError
 
 
@@ -19,6 +21,7 @@ def run(main):
         if extra:
             raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+        keep_freed_memory()
         main()
     except (flags.Error, UserError) as error:
         _fail(str(error))
@@ -30,6 +33,9 @@ def run(main):
         if "ml_collections" in _raised_in(error):
             _fail(f"a config file could not be loaded: {error}")
         _fail(str(error), code=1)
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or train.sample_size when "
+              "sampling", code=1)
     except FloatingPointError as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:

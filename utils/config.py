@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs.defaults import autoencoder_config, latent_config
 from utils.errors import UserError
+from utils.files import replacing
 
 # Smallest value of every number; a number below it is a mistake.
 AT_LEAST = {
@@ -73,10 +74,13 @@ def read_latent_config(flag):
 
 
 def check_same_latent(config, decoder_config):
-    """The latent model and the autoencoder must agree on the length of z."""
+    """UserError unless the latent model and the autoencoder agree on the length of z and live in different folders."""
     if config.model.z_dim != decoder_config.model.z_dim:
         raise UserError(f"config.model.z_dim={config.model.z_dim} differs from decoder_config.model.z_dim="
                         f"{decoder_config.model.z_dim}; set both to the one the autoencoder was trained with")
+    if run_dir(config) == run_dir(decoder_config):
+        raise UserError(f"config.run.experiment={config.run.experiment!r} is also that of the autoencoder; they would "
+                        "overwrite each other's metrics, so choose another")
 
 
 def run_dir(config):
@@ -86,8 +90,8 @@ def run_dir(config):
 
 def write_config(config, path):
     """The config as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def parse_image_size(text, default):

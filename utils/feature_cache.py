@@ -2,13 +2,13 @@
 
 import hashlib
 import logging
-import os
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from utils.files import replacing
 from utils.metrics import Statistics
 
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -49,11 +49,5 @@ def _read(path, key):
 
 
 def _write(path, key, statistics):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, key=key, **statistics._asdict())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, key=key, **statistics._asdict())

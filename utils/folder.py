@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import replacing
 from utils.images import read_image, save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -28,12 +28,13 @@ class ImageFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output={path} cannot be written ({error.strerror}); choose another folder") from error
-        saved = self._read()
+        has_images = any(self.path.glob("*.png"))
+        saved = self._read() if has_images else {}
         for name, value in settings.items():
             if name in saved and saved[name] != value:
                 raise UserError(f"--output={path} holds images made with {name}={saved[name]!r}, not {value!r}; "
                                 "choose another folder, or remove this one")
-        if not saved and any(self.path.glob("*.png")):
+        if has_images and not saved:
             raise UserError(f"--output={path} holds images of unknown origin; choose another folder")
         self.settings = {**settings, "seconds": saved.get("seconds", 0.0)}
         self._write()
@@ -74,9 +75,8 @@ class ImageFolder:
             raise UserError(f"{self._record} is not readable ({error}); remove the folder and sample again") from error
 
     def _write(self):
-        temporary = self._record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
-        os.replace(temporary, self._record)
+        with replacing(self._record) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
 
 def _advance(bar, images, evaluations):

@@ -1,11 +1,10 @@
 """Tensors to pictures."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
+
+from utils.files import replacing
 
 
 def to_uint8(images):
@@ -21,10 +20,8 @@ def to_pil(image):
 
 def save_png(image, path):
     """Write one uint8 image [C, H, W]; the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        to_pil(image).save(temporary, format="PNG")
 
 
 def read_image(path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import replacing
 from utils.images import save_png
 
 
@@ -16,7 +17,8 @@ class RunLog:
         self.metrics = self.folder / "metrics.jsonl"
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with replacing(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.wandb = _start_wandb(config)
 
     def numbers(self, step, values):

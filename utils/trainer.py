@@ -1,5 +1,6 @@
 """The one training loop. It knows steps, optimisers, averages, files and progress, and no model."""
 
+import logging
 import math
 import time
 
@@ -27,7 +28,8 @@ class Trainer:
     validate    EMA modules -> {name: float}; logged every validate_steps
     plot        (EMA modules) -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
     state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
-    facts       plain data that those who load the checkpoint need (for example latent statistics)
+    facts       plain data that those who load the checkpoint need (for example latent statistics); may be filled later
+    source      text that identifies what is trained on; a checkpoint with another one is refused
     filename    name of the checkpoint in the run's folder
     best        name of a validation figure; the EMA weights with the smallest one are kept in best_<filename>
 
@@ -36,11 +38,11 @@ class Trainer:
     """
 
     def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None, facts=None,
-                 filename="checkpoint.pt", best=None):
+                 source="", filename="checkpoint.pt", best=None):
         self.config, self.kind, self.device = config, kind, device
         self.modules = modules.to(device).train()
         self.loss, self.batches, self.validate, self.plot = loss, batches, validate, plot
-        self.state, self.facts, self.best = state or {}, facts or {}, best
+        self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
         self.path = self.folder / filename
         self.best_path = self.folder / f"best_{filename}"
@@ -54,6 +56,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step = 0
         self.skipped = 0  # updates left out by optimizer.gradient_skip
+        self._best = None  # the smallest figure so far, once it is known
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
         if self.path.exists():
             self._resume()
@@ -64,10 +67,17 @@ class Trainer:
                             "set another run.experiment, or train.load_checkpoint=True to go on with it")
         saved = load_checkpoint(self.path, self.kind)
         check_same_architecture(saved["config"], self.config.to_dict(), self.path)
+        if saved["source"] != self.source:
+            raise UserError(f"{self.path} was trained on other data (the data set or the encoder has changed since); "
+                            "set another run.experiment, or remove it to start again")
         load_weights(self.modules, saved["modules"], self.path)
         load_weights(self.ema.modules, saved["ema"], self.path)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        for group, option in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(option)  # those of the config, which may have changed
+        if saved["scaler"]:  # empty if the run was not in float16 until now
+            self.scaler.load_state_dict(saved["scaler"])
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         self.step, self.skipped = saved["step"], saved["skipped"]
@@ -76,10 +86,13 @@ class Trainer:
     def train(self):
         """Run to train.max_steps; validation, pictures and checkpoints come at their intervals and at the end."""
         train = self.config.train
+        if self.step >= train.max_steps:
+            logging.info("%s is at step %d already; raise train.max_steps to go on", self.path, self.step)
+            return
         log = RunLog(self.folder, self.config, self.step)
         write_config(self.config, self.folder / "config.json")
         progress = tqdm(total=train.max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05)
-        batches = self.batches(self.step) if self.step < train.max_steps else None
+        batches = self.batches(self.step)
         started = time.monotonic()
         while self.step < train.max_steps:
             self.training_step(next(batches))
@@ -119,6 +132,8 @@ class Trainer:
             self.skipped += 1
         else:
             self.scaler.step(self.optimizer)
+            if self.scaler.is_enabled():  # an overflow, which it left out, is a normal event
+                norm = norm.nan_to_num(0.0, posinf=0.0)
             self._accumulate({**metrics, "gradient_norm": norm})
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,21 +151,23 @@ class Trainer:
         })
 
     def _header(self):
-        return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts}
+        return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts,
+                "source": self.source}
 
     def _validate(self):
         figures = self._evaluate(self.validate)
         if self.best and figures[self.best] < self._best_so_far():
+            self._best = figures[self.best]
             save_checkpoint(self.best_path, {**self._header(), "ema": self.ema.modules.state_dict(),
-                                             "value": figures[self.best]})
+                                             "value": self._best})
         return figures
 
     def _best_so_far(self):
         """The figure of the best checkpoint; one from a later step is of a run that this one repeats or replaces."""
-        if not self.best_path.exists():
-            return math.inf
-        best = load_checkpoint(self.best_path, self.kind)
-        return best["value"] if best["step"] < self.step else math.inf
+        if self._best is None:
+            best = load_checkpoint(self.best_path, self.kind) if self.best_path.exists() else {"step": math.inf}
+            self._best = best["value"] if best["step"] < self.step else math.inf
+        return self._best
 
     def _evaluate(self, function):
         with torch.no_grad(), autocast(self.device, self.dtype):
@@ -168,11 +185,11 @@ class Trainer:
         return {**averages, "skipped": self.skipped} if self.config.optimizer.gradient_skip else averages
 
     def _check_finite(self):
-        loss = self.sums.get("loss")
-        if loss is not None and not torch.isfinite(loss):
+        watched = [self.sums[name] for name in ("loss", "gradient_norm") if name in self.sums]
+        if not all(torch.isfinite(value) for value in watched):
             raise FloatingPointError(
-                f"the loss became non-finite within the {int(self.sums['steps'])} steps before step {self.step}; "
-                f"{self.path} still holds the last good state. Lower optimizer.learning_rate, set "
+                f"the loss or its gradient became non-finite within the {int(self.sums['steps'])} steps before step "
+                f"{self.step}; {self.path} still holds the last good state. Lower optimizer.learning_rate, set "
                 "train.precision=fp32 or use optimizer.gradient_skip")
 
 

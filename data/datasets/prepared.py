@@ -63,7 +63,12 @@ class Prepared(ImageDataset):
         if value is None:
             raise UserError(f"data.root_dir='{self.root}' is an LMDB that data/prepare.py did not write or finish; "
                             "run prepare again (for LSUN, give the folder above church_outdoor_train_lmdb)")
-        record = json.loads(value)
+        try:
+            record = json.loads(value)
+        except ValueError:
+            record = {}
+        if not {"format", "complete", "parts"} <= set(record):
+            raise UserError(f"data.root_dir='{self.root}' has a damaged record; prepare the data again")
         if record["format"] != FORMAT:
             raise UserError(f"data.root_dir='{self.root}' has format {record['format']}, this version reads {FORMAT}; "
                             "prepare the data again")

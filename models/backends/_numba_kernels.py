@@ -37,7 +37,7 @@ def insert(best, pixel, squared, candidate):
 
 @njit
 def search_rows(table, grid_size, i, j, unit, place, squared_distance):
-    """The nearest pixels of node (i, j), for the few nodes that have none close by: whole rows, from the node outwards."""
+    """The nearest pixels of node (i, j), for the few nodes with none close by: whole rows, from the node outwards."""
     height, width = table.shape
     common = math.gcd(height, width)
     best = np.full(place.size, np.inf)

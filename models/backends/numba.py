@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from models.compiled import is_available, keep_freed_memory, run, unavailable_reason
+from models.compiled import is_available, run, unavailable_reason
 from models.sparse_conv import neighbour_counts
 
 __all__ = ["is_available", "sparse_conv", "unavailable_reason"]
@@ -54,7 +54,6 @@ def operator(name):
     def decorate(function):
         @functools.wraps(function)
         def wrapped(*arguments):
-            keep_freed_memory()
             with torch.autocast("cpu", enabled=False):
                 return function(*arguments)
 

@@ -128,6 +128,13 @@ def test_every_command_of_the_readme_names_a_script_and_flags_that_exist():
             assert (ROOT / path).is_file(), command
 
 
+def test_the_readme_has_no_gaps():
+    text = (ROOT / "README.md").read_text()
+    assert not re.findall(r"\b[A-Z]+_[A-Z_]*[A-Z]\b(?!`)", text.replace("FID_CLIP", ""))
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (ROOT / path).is_file(), path
+
+
 def test_the_conda_file_only_wraps_the_requirements():
     text = (ROOT / "requirements.yml").read_text()
     active = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]

@@ -177,6 +177,16 @@ def test_preconditioned_network_that_says_nothing_is_the_linear_predictor(points
     torch.testing.assert_close(losses["loss"], (guess - target).square().mean(dim=(1, 2)).float())
 
 
+def test_a_balanced_loss_weighs_the_steps_and_leaves_the_reported_error_alone():
+    plain, balanced = (build_diffusion(image_config(precondition=True, balance_loss=on)) for on in (False, True))
+    x0, noise, t = draw((16, 16))
+    coords = point_set(len(t), (16, 16), "subset")
+    a, b = (d.training_losses(lambda values, time: values, x0, t, coords, noise) for d in (plain, balanced))
+    torch.testing.assert_close(b["loss"], a["loss"] * plain.parameterisation.balance(t, a["loss"]))
+    torch.testing.assert_close(b["mse"], a["mse"])
+    assert not torch.allclose(a["loss"], b["loss"])
+
+
 def learned(**options):
     return build_diffusion(image_config(learn_sigma=True, **options))
 
@@ -322,6 +332,7 @@ def test_shifted_cosine_takes_the_resolution_of_the_images():
         ({"model_mean_type": "x0"}, r"diffusion\.model_mean_type='x0'"),
         ({"noise_schedule": "sqrt"}, r"diffusion\.noise_schedule='sqrt'"),
         ({"precondition": True, "model_mean_type": "v"}, r"diffusion\.precondition=True"),
+        ({"balance_loss": True}, r"diffusion\.balance_loss=True"),
         ({"multiscale_loss": True, "multiscale_max_img_size": 4}, r"diffusion\.multiscale_max_img_size=4"),
         ({"gaussian_filter_std": -0.5}, r"diffusion\.gaussian_filter_std=-0.5"),
     ],

@@ -93,6 +93,8 @@ def test_preconditioning_is_the_best_linear_predictor():
         residual = (txi - slope * x_t.flatten()).square().mean().sqrt()
         output = parameterisation.prediction(torch.ones_like(x_t), x_t, t).flatten() - skip
         torch.testing.assert_close(output, residual.expand(samples))
+        balanced = parameterisation.balance(t, residual.expand(samples)) * residual**2
+        torch.testing.assert_close(balanced, torch.full_like(balanced, mollifier.noise_variance))
 
 
 def test_without_preconditioning_the_output_is_the_prediction():

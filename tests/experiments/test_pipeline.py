@@ -1,12 +1,16 @@
 """Both stages, sampling, reconstructions, scoring and the report, end to end on a tiny model, as a user runs them."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
 
+from diffusion.generate import reconstruction_scores
+from diffusion.mollifier import GaussianMollifier
+from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
@@ -21,7 +25,8 @@ SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recon
 def trained(tmp_path_factory):
     """(folder, arguments of the autoencoder config, arguments of both configs) of a trained pair of models."""
     folder = tmp_path_factory.mktemp("trained")
-    ae = write_config_file(tiny_config(folder / "checkpoints"), folder / "ae.py")
+    write_folder(folder / "data", 80)  # of which 4 are held out
+    ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
     latent = write_config_file(tiny_latent_config(folder / "checkpoints"), folder / "latent.py")
     single, both = ["--config", ae], ["--config", latent, "--decoder_config", ae]
     assert run_script(STAGE_1, *single).code == 0
@@ -102,7 +107,14 @@ def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_pat
     run_script(STAGE_2, *both, *moved, "--config.train.max_steps=5")
     assert path.stat().st_mtime_ns == before
     run_script(STAGE_1, *single, moved[0], "--config.train.max_steps=5")  # other weights
-    run_script(STAGE_2, *both, *moved, "--config.train.max_steps=6")
+    # neither the latent model of the old encoder is sampled with the new one, nor does its training go on
+    result = run_script(SAMPLES, *both, *moved, "--num_samples=1", "--sampling_steps=3", "--output", tmp_path / "s")
+    assert "latents of another encoder" in only_line(result)
+    assert "trained on other data" in only_line(run_script(STAGE_2, *both, *moved, "--config.train.max_steps=6"))
+    assert path.stat().st_mtime_ns == before
+    for checkpoint in checkpoints.glob("tiny_sampler/*checkpoint.pt"):
+        checkpoint.unlink()
+    assert run_script(STAGE_2, *both, *moved).code == 0
     assert path.stat().st_mtime_ns != before
 
 
@@ -132,14 +144,15 @@ def test_samples_at_any_size(trained, tmp_path, size, shape):
     assert images["00000.png"].shape == shape
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm_solver"])
-def test_samplers_and_eta(trained, tmp_path, sampler):
+def test_samplers_and_eta(trained, tmp_path):
     plain = sample(trained[2], tmp_path / "ddim", "--num_samples=1")
-    other = sample(trained[2], tmp_path / sampler, "--num_samples=1", f"--sampler={sampler}")
-    noisy = sample(trained[2], tmp_path / "eta", "--num_samples=1", "--eta=1")
-    latent = sample(trained[2], tmp_path / "z", "--num_samples=1", "--latent_sampler=ddim", "--latent_sampling_steps=5")
-    for images in (other, noisy, latent):
-        assert not torch.equal(plain["00000.png"], images["00000.png"])
+    for name, *flags in (("ddpm", "--sampler=ddpm"), ("eta", "--eta=1"),
+                         ("latent", "--latent_sampler=ddim", "--latent_sampling_steps=5")):
+        other = sample(trained[2], tmp_path / name, "--num_samples=1", *flags)
+        assert not torch.equal(plain["00000.png"], other["00000.png"])
+    # an untrained network's estimates hardly change between steps, and then it is DDIM
+    solver = sample(trained[2], tmp_path / "solver", "--num_samples=1", "--sampler=dpm_solver")
+    assert solver["00000.png"].shape == (3, 16, 16)
 
 
 def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path):
@@ -153,18 +166,21 @@ def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path
 
 @pytest.mark.parametrize("flags, named", [
     (["--sample_img_size=12"], "--sample_img_size=12"), (["--sample_img_size=big"], "--sample_img_size=big"),
-    (["--sampling_steps=0"], "sampling_steps"), (["--sampling_steps=21"], "--sampling_steps=21"),
+    (["--sampling_steps=0"], "sampling_steps"), (["--sampling_steps=21"], "21 sampling steps"),
+    (["--latent_sampling_steps=21"], "21 sampling steps"), (["--eta=2"], "eta"),
+    (["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of --sampler=ddim only"),
+    (["--decoder_config.data.img_size=32", "--decoder_config.mc_integral.q_sample=64"], "data.img_size=16"),
+    (["--config.run.experiment=tiny"], "is also that of the autoencoder"),
     (["--sampler=euler"], "sampler"), (["--num_samples=0"], "num_samples"), (["--eta=-1"], "eta"),
     (["--config.model.z_dim=7"], "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
     (["--decoder_config.model.nf=16"], "model.nf=8, the config has 16"),
     (["--decoder_config.run.experiment=absent"], "there is no checkpoint"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
-    (["--decoder_config.run.experiment=tiny_sampler"], "there is no checkpoint"),
     (["--output=/proc/none"], "--output=/proc/none"),
 ])
 def test_mistakes_in_sampling_are_one_line(trained, tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
-    assert named in only_line(run_script(SAMPLES, *trained[2], "--num_samples=1", *flags))
+    assert named in only_line(run_script(SAMPLES, *trained[2], "--num_samples=1", "--sampling_steps=3", *flags))
     assert not list(tmp_path.iterdir())
 
 
@@ -173,8 +189,8 @@ def test_a_broken_checkpoint_is_one_line(trained, tmp_path):
     run.mkdir(parents=True)
     content = (trained[0] / "checkpoints" / "tiny" / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(content[:len(content) // 2])
-    for script in (STAGE_1, RECONS):
-        result = run_script(script, *trained[1], f"--config.run.output_dir={tmp_path / 'checkpoints'}")
+    for script, *flags in ((STAGE_1,), (RECONS, "--sampling_steps=3")):
+        result = run_script(script, *trained[1], f"--config.run.output_dir={tmp_path / 'checkpoints'}", *flags)
         assert "not a readable checkpoint" in only_line(result)
     assert (run / "checkpoint.pt").stat().st_size == len(content) // 2
 
@@ -182,22 +198,55 @@ def test_a_broken_checkpoint_is_one_line(trained, tmp_path):
 def test_reconstructions_and_how_close_they_are(trained, tmp_path):
     result = run_script(RECONS, *trained[1], "--num_samples=5", "--sampling_steps=3", "--output", tmp_path / "r")
     assert result.code == 0 and "mollified PSNR" in result.out
-    assert len(list((tmp_path / "r" / "originals").glob("*.png"))) == 5
-    assert Image.open(tmp_path / "r" / "reconstructions" / "00004.png").size == (16, 16)
-    assert json.loads((tmp_path / "r" / "scores.json").read_text())["count"] == 5
+    assert len(list((tmp_path / "r" / "originals").glob("*.png"))) == 4  # all that are held out
+    assert Image.open(tmp_path / "r" / "reconstructions" / "00003.png").size == (16, 16)
+    assert json.loads((tmp_path / "r" / "scores.json").read_text())["count"] == 4
+
+
+def test_the_report_is_one_file_with_every_picture_and_figure(trained, tmp_path):
+    _, single, both = trained
+    run_script(RECONS, *single, "--sampling_steps=2", "--output", tmp_path / "recons")
+    for scale in (1, 2, 4):
+        sample(both, tmp_path / f"samples_{scale}x", "--num_samples=4", f"--sample_img_size={16 * scale}")
+    run_script("experiments/generate_noise.py", *single, "--output", tmp_path / "noise")
+    for name, images in (("samples", "samples_1x"), ("noise", "noise")):
+        scored = run_script("experiments/calculate_fid.py", *single, "--split=heldout", "--samples", tmp_path / images,
+                            "--feature_model=efficientnet_lite0", "--output", tmp_path / f"{name}_scores.json")
+        assert scored.code == 0 and "FD_efficientnet_lite0" in scored.out
+    page = tmp_path / "report.html"
+    result = run_script("experiments/report.py", *both, "--folder", tmp_path, "--output", page)
+    assert result.code == 0 and "KID of the samples" in result.out and str(page) in result.out
+    text = page.read_text()
+    assert text.count('src="data:image/png;base64,') == 7 and "$" not in re.sub(r"base64,[^\"]*", "", text)
+    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing from elsewhere
+
+
+def test_a_report_without_samples_is_one_line(trained, tmp_path):
+    result = run_script("experiments/report.py", *trained[2], "--folder", tmp_path, "--output", tmp_path / "r.html")
+    assert "has no images" in only_line(result)
 
 
 def test_perfect_reconstructions_are_their_own_nearest():
-    from diffusion.mollifier import GaussianMollifier
-    from experiments.generate_recons import compare
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mollifier = GaussianMollifier(1.0, 16)
     noisy = images + 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    scores = compare(images, noisy, mollifier)
+    scores = reconstruction_scores(images, noisy, mollifier)
     assert scores["nearest_is_own"] == 6
     assert scores["mollified_psnr"] == pytest.approx(10 * torch.log10(
         4 / mollifier.blur(noisy - images).square().mean((1, 2, 3))).mean().item(), rel=1e-3)
-    assert compare(images, images.roll(1, 0), mollifier)["nearest_is_own"] == 0
+    assert reconstruction_scores(images, images.roll(1, 0), mollifier)["nearest_is_own"] == 0
+    twice = torch.nn.functional.interpolate(images, scale_factor=2)
+    assert reconstruction_scores(images, twice, mollifier)["nearest_is_own"] == 6
+
+
+def test_noise_images_have_the_moments_of_the_data(trained, tmp_path):
+    run_script(RECONS, *trained[1], "--sampling_steps=1", "--output", tmp_path / "r")
+    assert run_script("experiments/generate_noise.py", *trained[1], "--output", tmp_path / "noise").code == 0
+    data, noise = (torch.stack([read_image(path) for path in sorted(folder.glob("*.png"))]).float()
+                   for folder in (tmp_path / "r" / "originals", tmp_path / "noise"))
+    assert data.shape == noise.shape and not torch.equal(data, noise)
+    torch.testing.assert_close(noise.mean((0, 2, 3)), data.mean((0, 2, 3)), atol=6, rtol=0)  # it is clipped to 8 bits
+    torch.testing.assert_close(noise.std((0, 2, 3)), data.std((0, 2, 3)), atol=6, rtol=0)
 
 
 def test_dropout_is_off_when_sampling(trained, tmp_path, monkeypatch):
@@ -208,3 +257,25 @@ def test_dropout_is_off_when_sampling(trained, tmp_path, monkeypatch):
         calls.append(training), original(x, p, training, inplace))[1])
     sample(trained[2], tmp_path / "s", "--num_samples=1")
     assert calls and not any(calls)
+
+
+def test_grey_images_with_worker_processes_through_every_script(tmp_path):
+    write_folder(tmp_path / "data", 80, mode="L")
+    config, latent = tiny_config(tmp_path, tmp_path / "data", "folder"), tiny_latent_config(tmp_path)
+    config.data.channels, config.data.num_workers = 1, 2
+    single = ["--config", write_config_file(config, tmp_path / "ae.py")]
+    both = ["--config", write_config_file(latent, tmp_path / "latent.py"), "--decoder_config", single[1]]
+    assert run_script(STAGE_1, *single).code == 0
+    assert run_script(STAGE_2, *both).code == 0
+    assert sample(both, tmp_path / "s", "--num_samples=1")["00000.png"].shape == (1, 16, 16)
+    assert run_script(RECONS, *single, "--sampling_steps=2", "--output", tmp_path / "r").code == 0
+
+
+def test_wandb_offline_keeps_numbers_and_pictures(tmp_path):
+    write_folder(tmp_path / "data", 80)
+    path = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
+    result = run_script(STAGE_1, "--config", path, "--config.run.wandb_mode=offline",
+                        f"--config.run.wandb_dir={tmp_path}")
+    assert result.code == 0, result.err
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("**/*.png"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.tiny import tiny_config
 from utils import rng
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.logging import read_metrics
 from utils.trainer import Trainer, learning_rate
@@ -95,6 +95,41 @@ def test_it_learns_and_the_average_follows(tmp_path):
     assert sum(per_step[-20:]) < 0.3 * sum(per_step[:20])
     x = torch.eye(3)
     torch.testing.assert_close(trainer.ema.modules["net"](x), trainer.modules.eval()["net"](x), atol=0.2, rtol=0.2)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
+    make_trainer(tmp_path, 2).train()
+    before = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, 2).train()
+    assert "at step 2 already" in caplog.text
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_options_of_the_optimiser_come_from_the_config_after_resuming(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    trainer = make_trainer(tmp_path, 4, optimizer__adam_beta1=0.5)
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.99)
+    assert trainer.optimizer.state  # the moments did come from the checkpoint
+
+
+def test_other_data_is_refused(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    path = tmp_path / "run" / "checkpoint.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "source": "other latents"})
+    with pytest.raises(UserError, match="trained on other data"):
+        make_trainer(tmp_path, 4)
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
+    def kink(modules, batch, step):
+        error = modules["net"](batch).mean()
+        return {"loss": (error - error.detach()).abs().sqrt() if step == 3 else error}  # 0, but its slope is infinite
+
+    make_trainer(tmp_path, 2).train()
+    with pytest.raises(FloatingPointError, match="gradient"):
+        make_trainer(tmp_path, 4, loss=kink).train()
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
 def test_no_overwriting_without_leave(tmp_path):
