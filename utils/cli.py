@@ -28,7 +28,10 @@ def run(main):
     except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
         if "ml_collections" not in _raised_in(error):
             raise
-        _fail(f"unknown config field {error.args[0]}")
+        reason = error
+        while isinstance(reason, BaseException):
+            reason = reason.args[0]
+        _fail(f"unknown config field {reason}")
     except OSError as error:  # a full disk; or how ml_collections reports a --config file that does not load
         if "ml_collections" in _raised_in(error):
             _fail(f"a config file could not be loaded: {error}")

@@ -104,11 +104,13 @@ class Trainer:
                 log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2)})
             if last or self.step % train.validate_steps == 0:
                 log.numbers(self.step, self._validate())
-            if last or self.step % train.plot_samples_steps == 0:
-                for name, image in self._evaluate(self.plot).items():
-                    log.picture(self.step, name, image)
             if last or self.step % train.checkpoint_steps == 0:
                 self.save()
+            if last or self.step % train.plot_samples_steps == 0:  # after saving: it can take minutes
+                progress.set_description(f"{self.kind}, making pictures")
+                for name, image in self._evaluate(self.plot).items():
+                    log.picture(self.step, name, image)
+                progress.set_description(self.kind)
         progress.close()
         log.close()
 
