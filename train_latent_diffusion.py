@@ -33,6 +33,8 @@ PLOT_STEPS = 50  # sampling steps, of latents and of images, for the pictures ma
 
 
 class LatentBatch(NamedTuple):
+    """What a step of stage 2 trains on."""
+
     z: torch.Tensor  # standardised latents, float32 [B, Z]
     index: torch.Tensor  # global sample indices, int64 [B]
 

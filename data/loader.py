@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from data.workers import map_in_workers
-from utils.errors import UserError
 from utils.rng import generator, seed_of
 
 
@@ -23,19 +22,11 @@ class Batch(NamedTuple):
     index: torch.Tensor
 
 
-def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True, rank=0,
-                     world_size=1):
-    """Yield a `Batch` for step start_step, start_step + 1, ... without end; `augment` flips half of the images.
-
-    batch_size         of one step over all processes
-    rank, world_size   this process and their number; each gets every world_size-th sample of a step, in its own batch
-    """
-    if batch_size % world_size:
-        raise UserError(f"train.batch_size={batch_size} must be a multiple of the {world_size} processes")
-
+def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True):
+    """Yield a `Batch` for step start_step, start_step + 1, ... without end; `augment` flips half of the images."""
     def keys():
         for step in itertools.count(start_step):
-            positions = range(step * batch_size + rank, (step + 1) * batch_size, world_size)
+            positions = range(step * batch_size, (step + 1) * batch_size)
             yield [(p, *training_item(len(dataset), seed, p, augment)) for p in positions]
 
     for images, index in _load(dataset, keys(), num_workers, device):

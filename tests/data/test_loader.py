@@ -62,16 +62,6 @@ def test_a_resumed_stream_equals_the_unbroken_one(dataset, num_workers):
     assert torch.equal(images[28:], late_images) and torch.equal(index[28:], late_index)
 
 
-def test_processes_share_the_batch(dataset):
-    whole, _ = take(3, dataset, 6, seed=1)
-    parts = [take(3, dataset, 6, seed=1, rank=rank, world_size=2) for rank in range(2)]
-    index = torch.cat([index for _, index in parts])
-    assert torch.equal(index.sort().values, torch.arange(18))
-    assert torch.equal(torch.cat([images for images, _ in parts])[index.argsort()], whole)
-    with pytest.raises(UserError, match="train.batch_size=6"):
-        take(1, dataset, 6, seed=1, world_size=4)
-
-
 def test_every_epoch_shows_each_image_once_in_its_own_order(dataset):
     epochs = [which(dataset, images) for images in take(33, dataset, 1, seed=2)[0].split(11)]
     orders = [[item for item, _ in epoch] for epoch in epochs]

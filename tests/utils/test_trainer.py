@@ -132,6 +132,17 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
+def test_a_run_that_dies_over_its_pictures_has_saved_its_steps(tmp_path):
+    def die(ema):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, 3)
+    trainer.plot = die
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
 def test_no_overwriting_without_leave(tmp_path):
     make_trainer(tmp_path, 2).train()
     with pytest.raises(UserError, match="train.load_checkpoint=False would overwrite"):
