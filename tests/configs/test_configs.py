@@ -116,6 +116,8 @@ def test_every_command_of_the_readme_names_a_script_and_flags_that_exist():
         _, script, *arguments = shlex.split(command)
         assert (ROOT / script).is_file(), command
         source = (ROOT / script).read_text()
+        if "define_sampling_flags()" in source:
+            source += (ROOT / "experiments" / "sampling.py").read_text()
         for argument in arguments:
             if not argument.startswith("--"):
                 continue

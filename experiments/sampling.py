@@ -1,0 +1,84 @@
+"""What the scripts that sample a trained pair of models share: the flags, and a folder of images made with them."""
+
+from typing import NamedTuple
+
+from absl import flags
+
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.generate import decode, sample_latents
+from diffusion.samplers import SAMPLERS
+from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
+from utils import config, rng
+from utils.checkpoint import identity
+from utils.device import autocast, resolve_device, resolve_dtype
+from utils.errors import UserError
+from utils.folder import ImageFolder
+
+
+class SamplingFlags(NamedTuple):
+    """Flags that say how samples are made, as absl holds them."""
+
+    size: flags.FlagHolder
+    sampler: flags.FlagHolder
+    steps: flags.FlagHolder
+    eta: flags.FlagHolder
+    latent_sampler: flags.FlagHolder
+    latent_steps: flags.FlagHolder
+
+    def given(self):
+        """Names of those that stand on the command line."""
+        return [holder.name for holder in self if holder.present]
+
+
+def define_sampling_flags():
+    """--sample_img_size, --sampler and so on; call it once in a script."""
+    return SamplingFlags(
+        flags.DEFINE_string("sample_img_size", None, "side of the samples in pixels, or HEIGHTxWIDTH; default: the "
+                            "training resolution"),
+        flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are sampled"),
+        flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1),
+        flags.DEFINE_float("eta", 0.0, "noise of ddim: 0 none, 1 as much as ddpm", lower_bound=0.0, upper_bound=1.0),
+        flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "how latents are sampled"),
+        flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all",
+                             lower_bound=1))
+
+
+def make_samples(cfg, decoder_cfg, options, total, output=None):
+    """Samples 0 to total − 1 of a trained pair of models as an ImageFolder; those that are there already are kept.
+
+    cfg, decoder_cfg   checked configs of the latent model and the autoencoder
+    options            SamplingFlags
+    total              how many; None: data.fid_samples of cfg
+    output             the folder; None: samples/<experiment>_<height>x<width>
+    Image i is a function of run.seed and i: it does not depend on the batch size or on interruptions.
+    """
+    config.check_same_latent(cfg, decoder_cfg)
+    height, width = size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
+    sampler, steps, eta = options.sampler.value, options.steps.value, options.eta.value
+    if eta and sampler != "ddim":
+        raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
+    diffusion = build_diffusion(decoder_cfg, steps)
+    latent_diffusion = build_diffusion(cfg, options.latent_steps.value)
+    device = resolve_device(cfg.run.device)
+    dtype, latent_dtype = resolve_dtype(decoder_cfg.train, device), resolve_dtype(cfg.train, device)
+    autoencoder = load_autoencoder(decoder_cfg, device)
+    latent_model, mean, std = load_latent_model(cfg, device, autoencoder["encoder"])
+
+    folder = ImageFolder(
+        output or f"samples/{cfg.run.experiment}_{height}x{width}",
+        total=total or cfg.data.fid_samples,
+        settings={"size": [height, width], "seed": cfg.run.seed, "sampler": sampler, "steps": steps, "eta": eta,
+                  "latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
+                  "decoder": identity(autoencoder_path(decoder_cfg)), "latent_model": identity(latent_path(cfg))})
+
+    for indices, progress in folder.missing_batches(cfg.train.sample_size, evaluations=steps):
+        with autocast(device, latent_dtype):
+            z = sample_latents(latent_model, latent_diffusion, mean, std,
+                               rng.sample_generators(device, indices, cfg.run.seed, "latent"),
+                               options.latent_sampler.value)
+        with autocast(device, dtype):
+            images = decode(autoencoder["decoder"], diffusion, z, size, sampler,
+                            rng.sample_generators(device, indices, cfg.run.seed, "image"),
+                            decoder_cfg.data.channels, eta, progress)
+        folder.save(indices, images)
+    return folder
