@@ -43,6 +43,8 @@ def autoencoder_config(img_size):
     train.plot_samples_steps = 5_000
     train.validate_steps = 5_000
     train.checkpoint_steps = 5_000
+    train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
+    train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
     train.ema_update_every = 10
     train.ema_decay = 0.995
 
@@ -129,6 +131,8 @@ def latent_config():
     train.plot_samples_steps = 10_000
     train.validate_steps = 1_000
     train.checkpoint_steps = 5_000
+    train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
+    train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
     train.ema_update_every = 10
     train.ema_decay = 0.995
 

@@ -5,16 +5,17 @@ import math
 import time
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from utils import rng
-from utils.checkpoint import check_same_architecture, load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import check_same_architecture, load_weights
+from utils.checkpoint_folder import CheckpointFolder
 from utils.config import run_dir, write_config
 from utils.device import autocast, resolve_dtype
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.logging import RunLog
+from utils.update import Update
 
 
 class Trainer:
@@ -44,50 +45,42 @@ class Trainer:
         self.loss, self.batches, self.validate, self.plot = loss, batches, validate, plot
         self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
-        self.path = self.folder / filename
-        self.best_path = self.folder / f"best_{filename}"
+        self.checkpoints = CheckpointFolder(self.folder, filename)
 
-        train, optimizer = config.train, config.optimizer
+        train = config.train
         self.dtype = resolve_dtype(train, device)
         self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
-        self.optimizer = torch.optim.AdamW(
-            self.modules.parameters(), lr=optimizer.learning_rate, betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            weight_decay=optimizer.get("weight_decay", 0.0), fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.update = Update(config, self.modules, device, self.dtype)
         self.step = 0
-        self.skipped = 0  # updates left out by optimizer.gradient_skip
         self._best = None  # the smallest figure so far, once it is known
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
-        if self.path.exists():
+        if self.checkpoints.exists():
             self._resume()
 
     def _resume(self):
+        path = self.checkpoints.newest
         if not self.config.train.load_checkpoint:
-            raise UserError(f"{self.path} exists and train.load_checkpoint=False would overwrite it; "
+            raise UserError(f"{path} exists and train.load_checkpoint=False would overwrite it; "
                             "set another run.experiment, or train.load_checkpoint=True to go on with it")
-        saved = load_checkpoint(self.path, self.kind)
-        check_same_architecture(saved["config"], self.config.to_dict(), self.path)
+        saved = self.checkpoints.load(self.kind)
+        check_same_architecture(saved["config"], self.config.to_dict(), path)
         if saved["source"] != self.source:
-            raise UserError(f"{self.path} was trained on other data (the data set or the encoder has changed since); "
+            raise UserError(f"{path} was trained on other data (the data set or the encoder has changed since); "
                             "set another run.experiment, or remove it to start again")
-        load_weights(self.modules, saved["modules"], self.path)
-        load_weights(self.ema.modules, saved["ema"], self.path)
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, option in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(option)  # those of the config, which may have changed
-        if saved["scaler"]:  # empty if the run was not in float16 until now
-            self.scaler.load_state_dict(saved["scaler"])
+        load_weights(self.modules, saved["modules"], path)
+        load_weights(self.ema.modules, saved["ema"], path)
+        self.update.load_state_dict(saved["update"])
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
-        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.step = saved["step"]
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
     def train(self):
         """Run to train.max_steps; validation, pictures and checkpoints come at their intervals and at the end."""
         train = self.config.train
         if self.step >= train.max_steps:
-            logging.info("%s is at step %d already; raise train.max_steps to go on", self.path, self.step)
+            logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest,
+                         self.step)
             return
         log = RunLog(self.folder, self.config, self.step)
         write_config(self.config, self.folder / "config.json")
@@ -116,40 +109,24 @@ class Trainer:
 
     def training_step(self, batch):
         """One update; its metrics are added to those since the last log line."""
-        optimizer = self.config.optimizer
         self.modules.train()
         # Dropout is the only user of the global generator; seeded by the step it does not depend on interruptions.
         torch.manual_seed(rng.seed_of(self.config.run.seed, self.kind, "dropout", self.step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-
         with autocast(self.device, self.dtype):
             metrics = self.loss(self.modules, batch, self.step)
-        self.scaler.scale(metrics["loss"]).backward()
-        self.scaler.unscale_(self.optimizer)
-        limit = optimizer.clip_gradient_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), limit)
-        # `not <=` rather than `>`: a norm that is not a number is skipped too
-        if optimizer.gradient_skip and not norm.item() <= optimizer.gradient_skip_threshold:
-            self.skipped += 1
-        else:
-            self.scaler.step(self.optimizer)
-            if self.scaler.is_enabled():  # an overflow, which it left out, is a normal event
-                norm = norm.nan_to_num(0.0, posinf=0.0)
-            self._accumulate({**metrics, "gradient_norm": norm})
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.backward(metrics["loss"])
+        applied, norm = self.update.apply(self.step, metrics)
+        self._accumulate({**metrics, "gradient_norm": norm}, applied)
         self.step += 1
         self.ema.update(self.step)
 
     def save(self):
-        """Write the checkpoint; refused while the loss is not finite, so that the last good one stays."""
-        self._check_finite()
-        save_checkpoint(self.path, {
+        """Write the checkpoint, unless a step since the last one was bad (FloatingPointError)."""
+        self.update.settle()
+        self.checkpoints.save({
             **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "update": self.update.state_dict(), "sums": self.sums,
             "state": {name: part.state_dict() for name, part in self.state.items()},
-            "sums": self.sums, "skipped": self.skipped,
         })
 
     def _header(self):
@@ -160,44 +137,33 @@ class Trainer:
         figures = self._evaluate(self.validate)
         if self.best and figures[self.best] < self._best_so_far():
             self._best = figures[self.best]
-            save_checkpoint(self.best_path, {**self._header(), "ema": self.ema.modules.state_dict(),
-                                             "value": self._best})
+            self.checkpoints.save_best({**self._header(), "ema": self.ema.modules.state_dict(), "value": self._best})
         return figures
 
     def _best_so_far(self):
         """The figure of the best checkpoint; one from a later step is of a run that this one repeats or replaces."""
         if self._best is None:
-            best = load_checkpoint(self.best_path, self.kind) if self.best_path.exists() else {"step": math.inf}
-            self._best = best["value"] if best["step"] < self.step else math.inf
+            best = self.checkpoints.load_best(self.kind)
+            self._best = best["value"] if best and best["step"] < self.step else math.inf
         return self._best
 
     def _evaluate(self, function):
         with torch.no_grad(), autocast(self.device, self.dtype):
             return function(self.ema.modules)
 
-    def _accumulate(self, metrics):
+    def _accumulate(self, metrics, applied):
+        """Add to the sums, unless the step was left out: its loss may be no number."""
         for name, value in {**metrics, "steps": torch.ones((), device=self.device)}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(applied, value.detach().float(), 0)
 
     def _averages(self):
-        self._check_finite()
-        steps = self.sums.pop("steps", 1)  # absent if every step was skipped; then there is nothing to average
-        averages = {name: (value / steps).item() for name, value in self.sums.items()}
+        """Averages since the last log line over the steps that were not left out; how many were, since the start."""
+        self.update.settle()
+        steps = self.sums.pop("steps")
+        averages = {name: (value / steps).item() for name, value in self.sums.items()} if steps else {}
         self.sums = {}
-        return {**averages, "skipped": self.skipped} if self.config.optimizer.gradient_skip else averages
-
-    def _check_finite(self):
-        watched = [self.sums[name] for name in ("loss", "gradient_norm") if name in self.sums]
-        if not all(torch.isfinite(value) for value in watched):
-            raise FloatingPointError(
-                f"the loss or its gradient became non-finite within the {int(self.sums['steps'])} steps before step "
-                f"{self.step}; {self.path} still holds the last good state. Lower optimizer.learning_rate, set "
-                "train.precision=fp32 or use optimizer.gradient_skip")
-
-
-def learning_rate(config, step):
-    """Learning rate of a step (the first is 0): a linear rise over optimizer.warmup_steps, then optimizer.decay."""
-    optimizer = config.optimizer
-    rise = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
-    fall = 0.5 * (1 + math.cos(math.pi * step / config.train.max_steps)) if optimizer.decay == "cosine" else 1.0
-    return optimizer.learning_rate * rise * fall
+        if self.config.optimizer.gradient_skip:
+            averages["skipped"] = self.update.skipped
+        if self.config.train.nonfinite == "skip":
+            averages["nonfinite"] = self.update.nonfinite
+        return averages

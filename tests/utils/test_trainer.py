@@ -12,7 +12,8 @@ from utils import rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.logging import read_metrics
-from utils.trainer import Trainer, learning_rate
+from utils.trainer import Trainer
+from utils.update import learning_rate
 
 
 class Counter:
@@ -109,8 +110,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
 def test_options_of_the_optimiser_come_from_the_config_after_resuming(tmp_path):
     make_trainer(tmp_path, 2).train()
     trainer = make_trainer(tmp_path, 4, optimizer__adam_beta1=0.5)
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.99)
-    assert trainer.optimizer.state  # the moments did come from the checkpoint
+    assert trainer.update.optimizer.param_groups[0]["betas"] == (0.5, 0.99)
+    assert trainer.update.optimizer.state  # the moments did come from the checkpoint
 
 
 def test_other_data_is_refused(tmp_path):
@@ -127,7 +128,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
         return {"loss": (error - error.detach()).abs().sqrt() if step == 3 else error}  # 0, but its slope is infinite
 
     make_trainer(tmp_path, 2).train()
-    with pytest.raises(FloatingPointError, match="gradient"):
+    with pytest.raises(FloatingPointError, match="not finite in step 3, samples 12 to 15: gradient of net.0.weight = "):
         make_trainer(tmp_path, 4, loss=kink).train()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
@@ -162,23 +163,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     def broken(modules, batch, step):
         return {"loss": modules["net"](batch).sum() * (bad if step == 3 else 1.0)}
 
-    with pytest.raises(FloatingPointError, match="non-finite"):
+    with pytest.raises(FloatingPointError, match="step 3, samples 12 to 15: loss term loss = -?(nan|inf);"):
         make_trainer(tmp_path, 8, loss=broken).train()
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert saved["step"] == 2
     assert all(torch.isfinite(value).all() for value in saved["modules"].values())
 
 
-def test_gradient_skip_leaves_out_large_and_undefined_gradients(tmp_path):
+def test_gradient_skip_leaves_out_large_gradients(tmp_path):
     def rough(modules, batch, step):
-        return {"loss": modules["net"](batch).square().mean() * {1: 1e9, 3: math.nan}.get(step, 1.0)}
+        return {"loss": modules["net"](batch).square().mean() * {1: 1e9}.get(step, 1.0)}
 
     trainer = make_trainer(tmp_path, 8, loss=rough, optimizer__gradient_skip=True,
                            optimizer__gradient_skip_threshold=1e4)
     trainer.train()
-    assert trainer.skipped == 2
-    assert all(torch.isfinite(value).all() for value in trainer.modules.state_dict().values())
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["skipped"] == 2
+    assert trainer.update.skipped == 1 and trainer.update.nonfinite == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["update"]["skipped"] == 1
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
@@ -188,7 +188,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     def moved(limit):
         trainer = make_trainer(tmp_path / str(limit), 1, loss=steep, optimizer__clip_gradient_norm=limit)
         norms = []
-        trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(torch.cat(
+        trainer.update.optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(torch.cat(
             [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item()))
         trainer.train()
         return norms[0]
@@ -200,7 +200,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 def test_warm_up_scales_the_first_steps(tmp_path):
     trainer = make_trainer(tmp_path, 6, optimizer__warmup_steps=4, optimizer__learning_rate=0.1)
     rates = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.update.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     trainer.train()
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
