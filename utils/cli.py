@@ -1,6 +1,7 @@
 """How every script starts and ends: flags are parsed, main() runs, what went wrong is told in one line.
 
 Exit codes: 0 done · 1 a fault (a loss that is not finite, a full disk) · 2 a mistake of the user · 130 interrupted.
+Of several processes the first that fails prints its line and torchrun stops the others; its own exit code is always 1.
 """
 
 import logging
@@ -9,20 +10,29 @@ import sys
 import torch
 from absl import app, flags
 
+from utils import distributed
 from utils.device import keep_freed_memory
 from utils.errors import UserError
 
 
-def run(main):
-    """Parse the command line and call main()."""
+def run(main, shared=False):
+    """Parse the command line and call main().
+
+    shared   whether the script divides its work among the processes that torchrun starts, or has to be the only one
+    """
     app.define_help_flags()
     try:
+        distributed.start()
+        if not shared and distributed.world_size() > 1:
+            raise UserError(f"{sys.argv[0]} works in one process; start it with python, not with torchrun")
         extra = flags.FLAGS(sys.argv)[1:]
         if extra:
             raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
-        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+        level = logging.INFO if distributed.is_main() else logging.ERROR  # what all have to say, one says
+        logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
         keep_freed_memory()
         main()
+        distributed.stop()
     except (flags.Error, UserError) as error:
         _fail(str(error))
     except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
@@ -43,6 +53,11 @@ def run(main):
         _fail(str(error), code=1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint or image", code=130)
+    except RuntimeError as error:
+        reason = distributed.lost_connection(error)
+        if reason is None:
+            raise
+        _fail(reason, code=1)
 
 
 def _raised_in(error):
@@ -53,5 +68,9 @@ def _raised_in(error):
 
 
 def _fail(message, code=2):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"error: {' '.join(message.split())}"
+    if distributed.world_size() > 1:
+        line += f" (process {distributed.rank()} of {distributed.world_size()})"
+    if distributed.first_to_fail(line):
+        print(line, file=sys.stderr)
     sys.exit(code)

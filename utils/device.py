@@ -7,15 +7,20 @@ import sys
 
 import torch
 
+from utils import distributed
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(name):
-    """torch.device of run.device: auto takes the GPU where there is one."""
+    """torch.device of run.device: auto takes the GPU where there is one; of several processes each has its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.world_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"run.device={name!r} would put {distributed.world_size()} processes on one GPU; use cuda")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -24,7 +29,9 @@ def resolve_device(name):
         raise UserError(f"run.device={name!r} must be auto, cpu, cuda or cuda:<number>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"run.device={name!r} is not on this machine ({torch.cuda.device_count()} GPUs found); "
-                        "use run.device=auto")
+                        "use run.device=auto, and no more processes than GPUs")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for what is made without a device: streams, kernels, the network's buffers
     return device
 
 

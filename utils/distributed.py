@@ -1,0 +1,157 @@
+"""Several processes that train or sample together, as torchrun starts them. In a single one all of this does nothing.
+
+Tensors on the CPU travel by gloo, those on a GPU by NCCL. Every function below but the first four has to be called by
+all processes alike: each waits there for the others, at most TIMEOUT.
+"""
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import distributed as dist
+
+from utils.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # more than validation and pictures take, which the others wait for
+_PATIENCE = 10  # seconds that a process which is to be stopped waits for it
+_store = None  # of torchrun: keys and values that all processes see
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size() if _store else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if _store else 0
+
+
+def local_rank():
+    """Number of this process among those on its machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if _store else 0
+
+
+def is_main():
+    """Whether this is the process that logs, shows progress and writes files."""
+    return rank() == 0
+
+
+def start():
+    """Meet the other processes that torchrun has started. UserError where they cannot be found."""
+    global _store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        int(os.environ["LOCAL_RANK"])
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but the other processes cannot be reached ({error}); "
+                        "start them with torchrun, or unset WORLD_SIZE") from error
+    _store = dist.PrefixStore("infty_diff", store)
+    show = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: first_to_fail(repr(error)) and show(kind, error, trace)
+
+
+def stop():
+    """Wait for the others to be done, and part."""
+    global _store
+    if _store:
+        barrier()
+        dist.destroy_process_group()
+        _store = None
+
+
+def barrier():
+    """Wait for all processes."""
+    any_rank(False)
+
+
+def any_rank(flag):
+    """Whether `flag` is true in any of the processes."""
+    if not _store:
+        return bool(flag)
+    total = torch.tensor([float(flag)])
+    dist.all_reduce(total)
+    return total.item() > 0
+
+
+def from_main(function):
+    """What function() gives in the main process, in all of them; it is called there alone."""
+    if not _store:
+        return function()
+    result = [function() if is_main() else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def share(count):
+    """The part of range(count) that falls to this process: contiguous, in the order of ranks, as equal as can be."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def gather(values):
+    """values [n, ...] of all processes in the order of ranks, [world_size · n, ...]; n is the same in all of them."""
+    if not _store:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def concatenate(parts):
+    """The tensors [any, D] in the lists `parts` of all processes, in the order of ranks, as one on the CPU.
+
+    A process may have none; at least one has some.
+    """
+    own = torch.cat(parts).cpu() if parts else None
+    if not _store:
+        return own
+    lengths = [0] * world_size()
+    dist.all_gather_object(lengths, (0, None) if own is None else (len(own), own[:0]))
+    empty = next(example for _, example in lengths if example is not None)
+    padded = empty.new_zeros(max(length for length, _ in lengths), empty.shape[1])
+    if own is not None:
+        padded[:len(own)] = own
+    gathered = gather(padded).unflatten(0, (world_size(), -1))
+    return torch.cat([part[:length] for part, (length, _) in zip(gathered, lengths, strict=True)])
+
+
+def first_to_fail(reason):
+    """Whether this process is the first to fail, and so the one to say why (`reason`, which torchrun repeats).
+
+    The others fail because of it, or in the same way: they wait here for torchrun to stop them.
+    """
+    if not _store:
+        return True
+    try:
+        first = _store.add("failures", 1) == 1
+    except RuntimeError:  # its keeper is gone
+        first = False
+    if first:
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path:
+            with open(path, "w") as file:
+                details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+                json.dump({"message": {"message": reason, "extraInfo": details}}, file)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_PATIENCE)
+    return first
+
+
+def lost_connection(error):
+    """One line for an error of the network between the processes; None for any other error."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return None
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return (f"waited {TIMEOUT.total_seconds() / 60:g} minutes for the other processes; one of them hangs, or the "
+                "network between them is broken")
+    return "lost the connection to another process; it was killed, or its machine or the network is gone"
