@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from diffusion import noise
 from utils.errors import UserError
 from utils.rng import randn
 
@@ -58,21 +59,44 @@ class GaussianMollifier:
         with torch.autocast(x.device.type, enabled=False):
             return rows.T @ (gain * (rows @ x @ columns.T)) @ columns
 
-    def scale_noise(self, noise):
-        """White noise xi of the size of `noise` from standard normal draws: sqrt(s_h s_w) times them.
+    def scale_noise(self, draws):
+        """White noise xi of the size of `draws` from standard normal draws: sqrt(s_h s_w) times them.
 
         s is the size relative to the training resolution: averaged over a pixel, white noise has variance 1 / its area.
         With sigma = 0 there is no function behind the pixels, and the noise has variance 1 at every size.
         """
-        noise = _at_least_float32(noise)
+        draws = _at_least_float32(draws)
         if self.is_identity:
-            return noise
-        area = math.prod(noise.shape[-2:]) / math.prod(self.train_size)
-        return noise * math.sqrt(area)
+            return draws
+        area = math.prod(draws.shape[-2:]) / math.prod(self.train_size)
+        return draws * math.sqrt(area)
 
     def noise_like(self, x, generator=None):
-        """T xi of the shape, device and precision of x; generator: one torch.Generator or a list of one per sample."""
-        return self.blur(self.scale_noise(randn(x.shape, generator, x.device).to(x.dtype)))
+        """T xi of the shape, device and precision of x; generator: one torch.Generator or a list of one per sample.
+
+        A generator stands for one function (diffusion.noise), of which this is the values at the pixels of x [B, C, H,
+        W], for any H and W. Coefficients below the Nyquist frequency of the training resolution are shared by all
+        sizes that have them, and so are those above it: they hold erfc(pi sigma) of the variance along each axis, 9e-6
+        for sigma = 1 and 3 % for sigma = 0.5, but without them it would be too small at the larger sizes.
+        With sigma = 0 there is no function behind the pixels: independent draws, other ones at each size.
+        """
+        if self.is_identity:
+            return _at_least_float32(randn(x.shape, generator, x.device).to(x.dtype))
+        return self.noise_at(x, x.shape[-2:], (slice(None), slice(None)), generator)
+
+    def noise_at(self, x, size, window, generator=None):
+        """noise_like of an image of `size` (H, W), at the pixels in `window`, a slice of its rows and one of columns.
+
+        x   [B, C, ...]: says how many, and of which device and precision
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        widths = [self.sigma / length for length in self.train_size]
+        counts = [noise.significant(length, width) for length, width in zip(size, widths, strict=True)]
+        drawn = noise.coefficients(x.shape[:2], counts, self.train_size, generator, x.device).to(dtype)
+        rows, columns = (_cosines(*axis, x.device, dtype)[part]
+                         for *axis, part in zip(size, counts, widths, self.train_size, window, strict=True))
+        with torch.autocast(x.device.type, enabled=False):
+            return rows @ drawn @ columns.T
 
     @functools.cached_property
     def noise_variance(self):
@@ -109,6 +133,16 @@ def _attenuation(length, width, device, dtype):
     """Factor of T for every coefficient k of an axis, [length]; width is sigma as a fraction of the axis."""
     k = torch.arange(length, dtype=torch.float64)
     return torch.exp(-0.5 * (math.pi * width * k) ** 2).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _cosines(length, count, width, train_length, device, dtype):
+    """T of the first `count` basis functions at the pixel centres of an axis, [length, count].
+
+    White noise averaged over a pixel of the training resolution has variance 1; that makes its unit train_length^-½.
+    """
+    position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    return noise.mollified_cosines(position, count, width, train_length**-0.5).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=32)

@@ -24,6 +24,14 @@ def sample_generators(device, indices, *keys):
     return [generator(device, *keys, int(index)) for index in indices]
 
 
+def branch(generator, device=None):
+    """A second stream, seeded by one draw from the first: a new generator, or a list of one per sample."""
+    if isinstance(generator, (list, tuple)):
+        return [branch(one, device) for one in generator]
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    return torch.Generator(device or "cpu").manual_seed(seed.item())
+
+
 def _draw(make, shape, generator, device):
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:

@@ -27,3 +27,13 @@ def test_the_global_generator_is_left_alone():
 def test_a_wrong_number_of_generators_is_refused():
     with pytest.raises(ValueError, match="3 generators for a batch of 2"):
         rng.rand((2, 1), rng.sample_generators("cpu", range(3)))
+
+
+def test_a_branch_is_a_stream_of_its_own():
+    first, again = rng.generator("cpu", "x"), rng.generator("cpu", "x")
+    rng.randn((1000,), rng.branch(first))  # however much is drawn from it
+    branched = rng.randn((4,), rng.branch(again))
+    assert torch.equal(rng.randn((3,), first), rng.randn((3,), again))
+    assert not torch.equal(branched[:3], rng.randn((3,), rng.generator("cpu", "x")))
+    together = rng.randn((2, 4), rng.branch(rng.sample_generators("cpu", [0, 1], "x")))
+    assert torch.equal(together[1:], rng.randn((1, 4), rng.branch(rng.sample_generators("cpu", [1], "x"))))
