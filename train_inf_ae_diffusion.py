@@ -24,6 +24,7 @@ from utils.trainer import Trainer
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
 VALIDATION_IMAGES = 256
+TIME_BINS = 4  # parts of the chain whose loss validation tells apart
 PLOT_STEPS = 50  # DDIM steps of the pictures made while training
 
 
@@ -62,13 +63,16 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
 
 
 def validation_loss(modules, dataset, diffusion, cfg, device):
-    """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs."""
-    losses = []
+    """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs;
+    and over each quarter of the chain, from that of the least noise, validation_loss_q1, to q4."""
+    losses, steps = [], []
     for images, index in all_batches(dataset, cfg.train.batch_size, device):
-        t = index.to(device) * diffusion.num_steps // len(dataset)  # evenly over [0, T)
+        steps.append(index.to(device) * diffusion.num_steps // len(dataset))  # evenly over [0, T)
         stream = functools.partial(rng.sample_generators, device, index, "validation")
-        losses.append(denoising_terms(modules, diffusion, cfg, images, t, stream)["loss"])
-    return {"validation_loss": torch.cat(losses).mean().item()}
+        losses.append(denoising_terms(modules, diffusion, cfg, images, steps[-1], stream)["loss"])
+    losses, bins = torch.cat(losses), torch.cat(steps) * TIME_BINS // diffusion.num_steps
+    figures = {f"validation_loss_q{i + 1}": losses[bins == i].mean().item() for i in bins.unique().tolist()}
+    return {"validation_loss": losses.mean().item(), **figures}
 
 
 def pictures(modules, dataset, diffusion, cfg, device):
@@ -104,7 +108,7 @@ def main():
                                               num_workers=cfg.data.num_workers, device=device),
         validate=lambda ema: validation_loss(ema, shown, diffusion, cfg, device),
         plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),
-        device=device, state={"timesteps": timesteps},
+        device=device, state={"timesteps": timesteps}, best="validation_loss",
     ).train()
 
 

@@ -43,6 +43,7 @@ def autoencoder_config(img_size):
     train.plot_samples_steps = 5_000
     train.validate_steps = 5_000
     train.checkpoint_steps = 5_000
+    train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides
     train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
     train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
     train.ema_update_every = 10
@@ -131,6 +132,7 @@ def latent_config():
     train.plot_samples_steps = 10_000
     train.validate_steps = 1_000
     train.checkpoint_steps = 5_000
+    train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides
     train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
     train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
     train.ema_update_every = 10

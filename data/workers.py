@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import threading
 import time
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils.errors import UserError
+from utils.stop import STOP_SIGNALS
 
 
 def map_in_workers(function, inputs, num_workers, pin_memory=False):
@@ -27,7 +29,7 @@ def map_in_workers(function, inputs, num_workers, pin_memory=False):
         collate_fn=_identity,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=functools.partial(_end_with, os.getpid()),
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # or else it would draw from the global one
     )
     for result in results:
@@ -49,8 +51,15 @@ class _Results:
             return error  # raised in a worker, it would arrive with that worker's traceback as its message
 
 
-def _end_with(parent, _):
-    """End this worker when its parent is gone: handing over a result that nobody takes, it would wait for ever."""
+def _start_worker(parent, _):
+    """End this worker when its parent is gone: handing over a result that nobody takes, it would wait for ever.
+
+    A request to stop, which a terminal or a scheduler sends to all processes, is the parent's business: it will finish
+    its step, for which it may need this worker.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)

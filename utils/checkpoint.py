@@ -1,4 +1,7 @@
-"""Checkpoints on disk: written whole or not at all, loaded without running anything that is in them."""
+"""The file of a checkpoint: written whole or not at all, checked when read, loaded without running what is in it.
+
+It is a file of torch.save, which torch.load(path, weights_only=True) reads as well, followed by its own digest.
+"""
 
 import hashlib
 import os
@@ -8,49 +11,113 @@ from pathlib import Path
 
 import torch
 
+from utils.environment import environment
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import replacing, sync_folder
 
-FORMAT = 1
+FORMAT = 2
+MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits, at the end of the file
+CHUNK = 1 << 24
 
 
-def save_checkpoint(path, state):
-    """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`.
+class DamagedCheckpoint(UserError):
+    """The file is not what was written: truncated, changed, or of something else. `what` is the message without the
+    remedy."""
+
+    def __init__(self, what):
+        super().__init__(f"{what}; restore it, or start again in another run.experiment")
+        self.what = what
+
+
+def save_checkpoint(path, state, displaced=None):
+    """Write `state` (nested dicts and lists of tensors, numbers and strings) and where it was made to `path`.
 
     It is on the disk before it takes the place of an older file, so that neither a killed process nor a power failure
-    leaves half of one. OSError where the disk is full or the folder not writable.
+    leaves half of one. OSError where the disk is full or the folder not writable; the older file then stays.
+    displaced    name that the older file gets; by default it is gone
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+    path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            _write(temporary, {"format": FORMAT, "environment": environment(), **state})
+            if displaced is not None:
+                os.replace(path, displaced)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}); what was saved before is as it was. "
+                      "Mend that and give the same command again") from error
+
+
+def _write(path, state):
+    with open(path, "wb") as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save(state, hashed)
+        except RuntimeError as error:  # torch's word for a write that failed
+            raise hashed.error or error from error
+        file.write(MARK + hashed.digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
-    if os.name == "nt":  # folders cannot be flushed there
-        return
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+
+class _Hashed:
+    """A file to write to that keeps the digest of what was written, and the error if that failed."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, _new_digest(), None
+
+    def write(self, data):
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return count
+
+    def flush(self):
+        self.file.flush()
+
+
+def _new_digest():
+    return hashlib.blake2b(digest_size=32)
 
 
 def load_checkpoint(path, kind=None):
-    """What `save_checkpoint` wrote, on the CPU. UserError where the file is missing, broken or of another kind."""
+    """What `save_checkpoint` wrote, on the CPU. UserError where the file is missing or of another kind or format;
+    its subclass DamagedCheckpoint where it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; train it first, or set run.output_dir and run.experiment "
                         "to those of the training run")
     try:
+        _check_digest(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:100]}); "
-                        "restore it, or remove it to start again") from error
+        raise DamagedCheckpoint(f"{path} is not a readable checkpoint ({reason[:100]})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path} has checkpoint format {found}, this code reads format {FORMAT}")
     if kind is not None and state.get("kind") != kind:
         raise UserError(f"{path} holds a {state.get('kind')}, not a {kind}; check run.experiment")
     return state
+
+
+def _check_digest(path):
+    """ValueError unless the file ends with the digest of all before."""
+    digest = _new_digest()
+    left = path.stat().st_size - len(MARK) - 2 * digest.digest_size
+    with open(path, "rb") as file:
+        while left > 0:
+            chunk = file.read(min(CHUNK, left))
+            digest.update(chunk)
+            left -= len(chunk)
+        end = file.read()
+    if end[:len(MARK)] != MARK:
+        raise ValueError("no checksum at its end: cut short, or written by something else")
+    if end[len(MARK):] != digest.hexdigest().encode():
+        raise ValueError("its checksum is wrong: it has changed since it was written")
 
 
 def identity(path):

@@ -1,6 +1,7 @@
 """How every script starts and ends: flags are parsed, main() runs, what went wrong is told in one line.
 
-Exit codes: 0 done · 1 a fault (a loss that is not finite, a full disk) · 2 a mistake of the user · 130 interrupted.
+Exit codes: 0 done · 1 a fault (a loss that is not finite, a full disk) · 2 a mistake of the user · 75 training was
+stopped by SIGTERM or SIGUSR1 and has saved its state: start it again · 130 interrupted (training has saved its state).
 Of several processes the first that fails prints its line and torchrun stops the others; its own exit code is always 1.
 """
 
@@ -13,6 +14,7 @@ from absl import app, flags
 from utils import distributed
 from utils.device import keep_freed_memory
 from utils.errors import UserError
+from utils.stop import INTERRUPTED, Stopped
 
 
 def run(main, shared=False):
@@ -51,8 +53,12 @@ def run(main, shared=False):
               "sampling", code=1)
     except FloatingPointError as error:
         _fail(str(error), code=1)
+    except Stopped as stopped:
+        if distributed.is_main():
+            print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint or image", code=130)
+        _fail("interrupted; the same command goes on from the last checkpoint or image", code=INTERRUPTED)
     except RuntimeError as error:
         reason = distributed.lost_connection(error)
         if reason is None:

@@ -21,6 +21,7 @@ AT_LEAST = {
     "train.batch_size": 1, "train.sample_size": 1, "train.max_steps": 1, "train.plot_graph_steps": 1,
     "train.plot_samples_steps": 1, "train.validate_steps": 1, "train.checkpoint_steps": 1,
     "train.ema_update_every": 1, "train.ema_decay": 0.0, "train.max_nonfinite_skips": 1,
+    "train.keep_checkpoints": 1,
     "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
     "model.kernel_size": 1, "model.uno_res": 1, "model.uno_base_channels": 1, "model.uno_dropout_from_resolution": 0,
     "model.uno_dropout": 0.0, "model.z_dim": 1, "model.kld_weight": 0.0,

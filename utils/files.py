@@ -19,3 +19,20 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path):
+    """Have the names in a folder on the disk, as os.fsync has the contents of a file."""
+    if os.name == "nt":  # folders cannot be flushed there
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_leftovers(folder):
+    """Remove what processes that were killed while they wrote with `replacing` left in a folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Where numbers and pictures of a run go: metrics.jsonl, images/, and wandb if asked for."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 from utils.errors import UserError
@@ -16,17 +18,24 @@ class RunLog:
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+        self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
         with replacing(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.wandb = _start_wandb(config)
 
     def numbers(self, step, values):
-        """One line of metrics: step and floats."""
+        """One line of metrics, step and floats, on the disk when this returns: no checkpoint is ahead of its lines."""
+        self.lines.append({"step": step, **values})
         with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(self.lines[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def smallest(self, name):
+        """The smallest value of a metric so far; infinite where there is none."""
+        return min((line[name] for line in self.lines if name in line), default=math.inf)
 
     def picture(self, step, name, image):
         """One uint8 image [C, H, W], to images/<name>_<step>.png."""
@@ -52,6 +61,12 @@ def read_metrics(path):
         except json.JSONDecodeError:
             break
     return result
+
+
+def evaluated(folder, step):
+    """Whether the metrics of a run folder have the line that follows validation and pictures of a step; lines of
+    training have "seconds"."""
+    return any(line["step"] == step and "seconds" not in line for line in read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def check_wandb(run):

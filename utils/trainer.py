@@ -1,7 +1,6 @@
 """The one training loop. It knows steps, optimisers, averages, files and progress, and no model."""
 
 import logging
-import math
 import time
 
 import torch
@@ -14,7 +13,9 @@ from utils.config import run_dir, write_config
 from utils.device import autocast, resolve_dtype
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.logging import RunLog
+from utils.files import remove_leftovers
+from utils.logging import RunLog, evaluated
+from utils.stop import Stopped, StopRequest
 from utils.update import Update
 
 
@@ -26,16 +27,16 @@ class Trainer:
     modules     nn.ModuleDict of all that is trained
     loss        (modules, batch, step) -> {"loss": scalar tensor, ...}; other entries are logged
     batches     first step -> iterator of batches, one a step
-    validate    EMA modules -> {name: float}; logged every validate_steps
-    plot        (EMA modules) -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
+    validate    modules -> {name: float}; of the EMA and of the weights themselves, logged every validate_steps
+    plot        EMA modules -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
     state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
     facts       plain data that those who load the checkpoint need (for example latent statistics); may be filled later
     source      text that identifies what is trained on; a checkpoint with another one is refused
     filename    name of the checkpoint in the run's folder
     best        name of a validation figure; the EMA weights with the smallest one are kept in best_<filename>
 
-    A run that stops at any step and starts again with the same command gives the same weights as one that did not
-    stop: batches and random draws are functions of the step, all else is in the checkpoint.
+    A run that is killed at any instant and starts again with the same command gives the same files as one that was
+    not: batches and random draws are functions of the step, all else is in the checkpoint.
     """
 
     def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None, facts=None,
@@ -45,28 +46,26 @@ class Trainer:
         self.loss, self.batches, self.validate, self.plot = loss, batches, validate, plot
         self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
-        self.checkpoints = CheckpointFolder(self.folder, filename)
+        self.checkpoints = CheckpointFolder(self.folder, filename, config.train.keep_checkpoints)
 
         train = config.train
         self.dtype = resolve_dtype(train, device)
         self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
         self.update = Update(config, self.modules, device, self.dtype)
         self.step = 0
-        self._best = None  # the smallest figure so far, once it is known
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
         if self.checkpoints.exists():
             self._resume()
 
     def _resume(self):
-        path = self.checkpoints.newest
         if not self.config.train.load_checkpoint:
-            raise UserError(f"{path} exists and train.load_checkpoint=False would overwrite it; "
+            raise UserError(f"{self.checkpoints.newest} exists and train.load_checkpoint=False would overwrite it; "
                             "set another run.experiment, or train.load_checkpoint=True to go on with it")
-        saved = self.checkpoints.load(self.kind)
+        saved, path = self.checkpoints.load(self.kind)
         check_same_architecture(saved["config"], self.config.to_dict(), path)
         if saved["source"] != self.source:
             raise UserError(f"{path} was trained on other data (the data set or the encoder has changed since); "
-                            "set another run.experiment, or remove it to start again")
+                            "set another run.experiment")
         load_weights(self.modules, saved["modules"], path)
         load_weights(self.ema.modules, saved["ema"], path)
         self.update.load_state_dict(saved["update"])
@@ -76,36 +75,57 @@ class Trainer:
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
     def train(self):
-        """Run to train.max_steps; validation, pictures and checkpoints come at their intervals and at the end."""
-        train = self.config.train
-        if self.step >= train.max_steps:
-            logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest,
-                         self.step)
+        """Run to train.max_steps; log lines, checkpoints, validation and pictures come at their intervals and the end.
+
+        Raises utils.stop.Stopped after saving where a signal asks to stop, FloatingPointError after a bad step (see
+        utils.update), OSError where a file cannot be written.
+        """
+        max_steps = self.config.train.max_steps
+        if self.step >= max_steps and not self._evaluation_is_due():
+            logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest, self.step)
             return
+        remove_leftovers(self.folder)
         log = RunLog(self.folder, self.config, self.step)
         write_config(self.config, self.folder / "config.json")
-        progress = tqdm(total=train.max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05)
+        progress = tqdm(total=max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05)
+        try:
+            with StopRequest() as self._request:
+                self._run(log, progress)
+        finally:
+            self.checkpoints.wait()
+            progress.close()
+            log.close()
+
+    def _run(self, log, progress):
+        train = self.config.train
+        if self._evaluation_is_due():  # a run that was killed while it validated has saved the step, but no more
+            self._evaluate(log, progress)
         batches = self.batches(self.step)
         started = time.monotonic()
         while self.step < train.max_steps:
             self.training_step(next(batches))
+            self.checkpoints.check()
             progress.update()
-            last = self.step == train.max_steps
             if self.step % train.plot_graph_steps == 0:
                 averages = self._averages()
                 progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
                 log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2)})
-            if last or self.step % train.validate_steps == 0:
-                log.numbers(self.step, self._validate())
-            if last or self.step % train.checkpoint_steps == 0:
+            stop = self._should_stop()
+            if stop or self._due(train.checkpoint_steps):
                 self.save()
-            if last or self.step % train.plot_samples_steps == 0:  # after saving: it can take minutes
-                progress.set_description(f"{self.kind}, making pictures")
-                for name, image in self._evaluate(self.plot).items():
-                    log.picture(self.step, name, image)
-                progress.set_description(self.kind)
-        progress.close()
-        log.close()
+            if stop:
+                self.checkpoints.wait()
+                raise Stopped(f"stopped by {self._request.signal.name} after step {self.step}, saved in "
+                              f"{self.checkpoints.newest}; the same command goes on", self._request.exit_code)
+            if self._evaluation_is_due():
+                self._evaluate(log, progress)
+
+    def _due(self, interval):
+        return self.step % interval == 0 or self.step == self.config.train.max_steps
+
+    def _should_stop(self):
+        """Whether to end after this step. All processes of a run have to give the same answer."""
+        return self._request.signal is not None
 
     def training_step(self, batch):
         """One update; its metrics are added to those since the last log line."""
@@ -133,23 +153,39 @@ class Trainer:
         return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts,
                 "source": self.source}
 
-    def _validate(self):
-        figures = self._evaluate(self.validate)
-        if self.best and figures[self.best] < self._best_so_far():
-            self._best = figures[self.best]
-            self.checkpoints.save_best({**self._header(), "ema": self.ema.modules.state_dict(), "value": self._best})
-        return figures
+    def _evaluation_is_due(self):
+        """Whether validation or pictures come at this step, and are not there from a run that stopped later."""
+        train = self.config.train
+        due = self.step > 0 and (self._due(train.validate_steps) or self._due(train.plot_samples_steps))
+        return due and not evaluated(self.folder, self.step)
 
-    def _best_so_far(self):
-        """The figure of the best checkpoint; one from a later step is of a run that this one repeats or replaces."""
-        if self._best is None:
-            best = self.checkpoints.load_best(self.kind)
-            self._best = best["value"] if best and best["step"] < self.step else math.inf
-        return self._best
+    def _evaluate(self, log, progress):
+        """Validation and pictures, as they are due. The line about them is the last thing: it tells a run that starts
+        again that they are done."""
+        train, figures = self.config.train, {}
+        if self._due(train.validate_steps):
+            progress.set_description(f"{self.kind}, validating")
+            figures = self._validate(log)
+        if self._due(train.plot_samples_steps):
+            progress.set_description(f"{self.kind}, making pictures")
+            for name, image in self._call(self.plot, self.ema.modules).items():
+                log.picture(self.step, name, image)
+        progress.set_description(self.kind)
+        log.numbers(self.step, figures)
 
-    def _evaluate(self, function):
+    def _validate(self, log):
+        """Figures of the EMA weights, and under raw_<name> of the weights themselves; the best EMA weights are kept."""
+        figures = self._call(self.validate, self.ema.modules)
+        if self.best and (figures[self.best] < log.smallest(self.best) or not self.checkpoints.best.exists()):
+            self.checkpoints.save_best({**self._header(), "ema": self.ema.modules.state_dict(),
+                                        "value": figures[self.best]})
+            self.checkpoints.wait()  # the line about it must not be there before it is
+        raw = self._call(self.validate, self.modules.eval())
+        return {**figures, **{f"raw_{name}": value for name, value in raw.items()}}
+
+    def _call(self, function, modules):
         with torch.no_grad(), autocast(self.device, self.dtype):
-            return function(self.ema.modules)
+            return function(modules)
 
     def _accumulate(self, metrics, applied):
         """Add to the sums, unless the step was left out: its loss may be no number."""

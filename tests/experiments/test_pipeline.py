@@ -36,7 +36,8 @@ def trained(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_should(trained):
     run, sampler = (trained[0] / "checkpoints" / name for name in ("tiny", "tiny_sampler"))
-    assert {path.name for path in run.iterdir()} == {"checkpoint.pt", "config.json", "metrics.jsonl", "images"}
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint.pt", "best_checkpoint.pt", "config.json", "metrics.jsonl", "images"}
     assert {path.name for path in sampler.iterdir()} == {
         "latent_checkpoint.pt", "best_latent_checkpoint.pt", "latents.pt", "config.json", "metrics.jsonl", "images"}
     assert {path.name for path in (run / "images").iterdir()} == {
@@ -112,7 +113,7 @@ def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_pat
     assert "latents of another encoder" in only_line(result)
     assert "trained on other data" in only_line(run_script(STAGE_2, *both, *moved, "--config.train.max_steps=6"))
     assert path.stat().st_mtime_ns == before
-    for checkpoint in checkpoints.glob("tiny_sampler/*checkpoint.pt"):
+    for checkpoint in checkpoints.glob("tiny_sampler/*checkpoint*.pt"):
         checkpoint.unlink()
     assert run_script(STAGE_2, *both, *moved).code == 0
     assert path.stat().st_mtime_ns != before

@@ -1,7 +1,10 @@
 """Checkpoints: what is saved comes back; a killed or failed writer leaves the old file; nothing in a file is run."""
 
+import hashlib
 import os
 import pickle
+import platform
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +13,17 @@ import textwrap
 import pytest
 import torch
 
-from utils.checkpoint import check_same_architecture, load_checkpoint, load_weights, save_checkpoint
+from tests.scripts import ROOT
+from utils import checkpoint
+from utils.checkpoint import (
+    MARK,
+    DamagedCheckpoint,
+    check_same_architecture,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from utils.environment import environment
 from utils.errors import UserError
 
 
@@ -23,32 +36,77 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_it_tells_where_it_was_made(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", {"kind": "latent"})
+    made = load_checkpoint(tmp_path / "c.pt")["environment"]
+    assert made["python"] == platform.python_version() and torch.__version__.startswith(made["packages"]["torch"])
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    assert made["commit"].removesuffix("-dirty") == (head.stdout.strip() if head.returncode == 0 else "")
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["kind"] == "latent"  # others can read it as well
+
+
+@pytest.mark.parametrize("git", ["", "exit 1", "echo fatal; exit 128", None])
+def test_without_git_or_a_checkout_the_commit_is_empty(tmp_path, monkeypatch, git):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if git is not None:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    environment.cache_clear()
+    assert environment()["commit"] == ""
+    environment.cache_clear()
+
+
+def seal(path):
+    """Add the checksum of a checkpoint to a file, as anybody can."""
+    content = path.read_bytes()
+    path.write_bytes(content + MARK + hashlib.blake2b(content, digest_size=32).hexdigest().encode())
+
+
+@pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
-def test_broken_file_is_one_line(tmp_path, content):
+def test_broken_file_is_one_line(tmp_path, content, sealed):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a readable checkpoint") as error:
+    if sealed:
+        seal(path)
+    with pytest.raises(DamagedCheckpoint, match="not a readable checkpoint") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
 
 
-def test_truncated_file_is_refused(tmp_path):
+def test_a_file_that_is_cut_short_or_has_one_bit_changed_is_refused(tmp_path):
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"kind": "latent", "w": torch.randn(1000)})
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError):
-        load_checkpoint(path)
+    content = path.read_bytes()
+    random.seed(0)
+    for place in [0, len(content) - 1, *random.sample(range(len(content)), 60)]:
+        path.write_bytes(content[:place])
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(path)
+        changed = bytearray(content)
+        changed[place] ^= 1 << random.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(path)
+    path.write_bytes(content)
+    assert load_checkpoint(path)["kind"] == "latent"
 
 
 def test_missing_other_kind_and_other_format(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(tmp_path)  # a folder
     save_checkpoint(tmp_path / "c.pt", {"kind": "latent"})
     with pytest.raises(UserError, match="holds a latent, not a autoencoder"):
         load_checkpoint(tmp_path / "c.pt", "autoencoder")
-    torch.save({"format": 99}, tmp_path / "d.pt")
+    for number, content in enumerate(({"format": 99}, [1])):
+        torch.save(content, tmp_path / f"{number}.pt")
+        seal(tmp_path / f"{number}.pt")
     with pytest.raises(UserError, match="format 99"):
-        load_checkpoint(tmp_path / "d.pt")
+        load_checkpoint(tmp_path / "0.pt")
+    with pytest.raises(UserError, match="format list"):
+        load_checkpoint(tmp_path / "1.pt")
 
 
 class Malicious:
@@ -61,9 +119,14 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
     for name, write in (("a.pt", pickle.dump), ("b.pt", torch.save)):
         with open(name, "wb") as file:
             write(Malicious(), file)
-        with pytest.raises(UserError):
+        seal(tmp_path / name)
+        with pytest.raises(UserError, match="not a readable checkpoint") as error:
             load_checkpoint(name)
+        assert "\n" not in str(error.value)
     assert not os.path.exists("PWNED")
+    with open("a.pt", "rb") as file:  # it is what it is meant to be
+        pickle.load(file)
+    assert os.path.exists("PWNED")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -74,10 +137,34 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="c.pt could not be written .No space left on device.; what was saved before is"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 300_000])
+def test_a_disk_that_is_full_in_the_middle_of_a_file_is_named(tmp_path, monkeypatch, room):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"step": 1})
+    write, written = checkpoint._Hashed.write, [0]
+
+    def limited(file, data):
+        written[0] += len(data)
+        if written[0] > room:
+            file.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        return write(file, data)
+
+    monkeypatch.setattr(checkpoint._Hashed, "write", limited)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(path, {"step": 2, "w": torch.randn(100_000), "v": torch.randn(100_000)})
+    assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_a_folder_that_is_not_one_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="c.pt could not be written"):
+        save_checkpoint(tmp_path / "run" / "c.pt", {"step": 1})
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):

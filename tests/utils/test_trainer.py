@@ -133,15 +133,8 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
-def test_a_run_that_dies_over_its_pictures_has_saved_its_steps(tmp_path):
-    def die(ema):
-        raise KeyboardInterrupt
-
-    trainer = make_trainer(tmp_path, 3)
-    trainer.plot = die
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+def die(*_):
+    raise KeyboardInterrupt
 
 
 def test_no_overwriting_without_leave(tmp_path):
@@ -206,26 +199,53 @@ def test_warm_up_scales_the_first_steps(tmp_path):
 
 
 def test_the_best_average_is_kept(tmp_path):
-    figures = iter([3.0, 1.0, 2.0])
-    trainer = make_trainer(tmp_path, 6, best="v", validate=lambda ema: {"v": next(figures)})
+    figures = iter([3.0, 0.1, 1.0, 0.1, 2.0, 0.1])  # of the average and of the weights themselves, in turn
+    trainer = make_trainer(tmp_path, 6, best="v", validate=lambda modules: {"v": next(figures)})
     trainer.train()
     best = load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")
     assert best["step"] == 4 and best["value"] == 1.0
-    figures = iter([1.5, 0.5])
-    make_trainer(tmp_path, 10, best="v", validate=lambda ema: {"v": next(figures)}).train()
+    figures = iter([1.5, 0.1, 0.5, 0.1])
+    make_trainer(tmp_path, 10, best="v", validate=lambda modules: {"v": next(figures)}).train()
     assert load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")["step"] == 10
 
 
-def test_validation_sees_the_average_in_eval_mode_without_gradients(tmp_path):
+def test_validation_sees_the_average_and_the_weights_in_eval_mode_without_gradients(tmp_path):
     seen = []
 
-    def validate(ema):
-        seen.append((ema.training, ema["net"][0].weight.requires_grad, torch.is_grad_enabled()))
-        return {"v": 0.0}
+    def validate(modules):
+        seen.append((modules, modules.training, torch.is_grad_enabled()))
+        return {"v": float(len(seen))}
 
     trainer = make_trainer(tmp_path, 2, validate=validate)
     trainer.train()
-    assert seen == [(False, False, False)] and trainer.modules.training
+    assert seen == [(trainer.ema.modules, False, False), (trainer.modules, False, False)]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0}
+    trainer.training_step(next(trainer.batches(2)))
+    assert trainer.modules.training
+
+
+@pytest.mark.parametrize("where", ["validate", "plot"])
+def test_a_run_killed_while_it_evaluates_has_saved_its_steps_and_does_that_first_when_it_goes_on(tmp_path, where):
+    calls = []
+
+    def figures(modules):
+        calls.append("validate")
+        return {"v": 2.0 - len(calls)}
+
+    options = {"best": "v", "train__validate_steps": 3}
+    trainer = make_trainer(tmp_path, 3, validate=figures, **options)
+    setattr(trainer, where, die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+    calls.clear()
+    trainer = make_trainer(tmp_path, 3, validate=figures, **options)
+    trainer.training_step = die
+    trainer.train()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "v" in line] == [3]
+    assert load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")["step"] == 3
+    make_trainer(tmp_path, 3, validate=die, **options).train()  # now it is finished
 
 
 def test_cosine_decay_goes_from_the_full_rate_to_zero():

@@ -1,0 +1,133 @@
+"""Runs that are killed or asked to stop, and the same command again: nothing is lost, and the result is the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.layouts import write_folder
+from tests.scripts import ROOT
+from tests.tiny import tiny_config, tiny_latent_config, write_config_file
+from utils.checkpoint import load_checkpoint
+from utils.logging import read_metrics
+
+STEPS = 9
+
+
+def run_jobs(folder, jobs):
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = subprocess.run([sys.executable, "-m", "tests.killed_runs", folder / "jobs.json"], cwd=ROOT, text=True,
+                            capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: folder} of pairs of runs, a whole one and one in parts, and the results of all jobs."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_folder(folder / "data", 23)  # 21 are trained on, in batches of 4: no step up to STEPS begins an epoch
+    config, latent = tiny_config(folder, folder / "data", "folder"), tiny_latent_config(folder)
+    config.model.stochastic_encoding, config.diffusion.schedule_sampler = True, "loss-second-moment"
+    config.diffusion.steps = 4  # so few that the sampler's history fills
+    for one in (config, latent):
+        one.train.max_steps, one.train.checkpoint_steps, one.train.validate_steps = STEPS, 3, 2
+        one.train.plot_samples_steps = 4
+    files = write_config_file(config, folder / "ae.py"), write_config_file(latent, folder / "latent.py")
+    stage_1 = ["train_inf_ae_diffusion.py", "--config", files[0]]
+    stage_2 = ["train_latent_diffusion.py", "--config", files[1], "--decoder_config", files[0],
+               "--decoder_config.run.experiment=whole_1"]
+    jobs = []
+
+    def job(name, command, **more):
+        jobs.append({"command": [*command, f"--config.run.experiment={name}"], "record": str(folder / f"{name}.draws"),
+                     **more})
+
+    for stage, command in (("1", stage_1), ("2", stage_2)):
+        job(f"whole_{stage}", command)
+        for kill_at in (2, 5, None):
+            job(f"killed_{stage}", command, kill_at=kill_at)
+    for name, signals in (("term", ["SIGTERM"]), ("usr1", ["SIGUSR1", "SIGTERM"]), ("int", ["SIGINT"]),
+                          ("twice", ["SIGTERM", "SIGINT"])):
+        job(name, stage_1, signals={4: signals})
+    job("term", stage_1)
+    job("twice", stage_1)
+    results = {}
+    for one, result in zip(jobs, run_jobs(folder, jobs), strict=True):
+        results.setdefault(Path(one["record"]).stem, []).append(result)
+    return folder, results
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def draws(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.draws").read_text().splitlines()]
+
+
+def metrics(folder, name):
+    return [{key: value for key, value in line.items() if key != "seconds"}
+            for line in read_metrics(folder / name / "metrics.jsonl")]
+
+
+def check_same(folder, whole, other, prefix=""):
+    """That two runs left the same: every entry of every checkpoint, every line of the metrics, every picture."""
+    for name in (f"{prefix}checkpoint.pt", f"best_{prefix}checkpoint.pt"):
+        states = [load_checkpoint(folder / run / name) for run in (whole, other)]
+        for state in states:
+            del state["config"]["run"]["experiment"]
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            assert equal(states[0][key], states[1][key]), (name, key)
+    lines = metrics(folder, whole)
+    assert lines == metrics(folder, other)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "raw_validation_loss" in line] == [2, 4, 6, 8, 9]
+    pictures = [{path.name: path.read_bytes() for path in (folder / run / "images").iterdir()}
+                for run in (whole, other)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) >= 3
+    # what was drawn for a step is the same whenever that step was made, and every step was made
+    expected = {line["step"]: line for line in draws(folder, whole)}
+    made = draws(folder, other)
+    assert {line["step"] for line in made} == set(expected) == set(range(STEPS))
+    assert all(line == expected[line["step"]] and line["draws"] >= 3 for line in made)
+    return [line["step"] for line in made]
+
+
+@pytest.mark.parametrize("stage, prefix", [("1", ""), ("2", "latent_")])
+def test_a_killed_run_equals_an_unbroken_one_bit_for_bit(runs, stage, prefix):
+    folder, results = runs
+    assert [result["code"] for result in results[f"killed_{stage}"]] == [-9, -9, 0]
+    steps = check_same(folder, f"whole_{stage}", f"killed_{stage}", prefix)
+    # killed at step 2, before the first checkpoint, and at step 5, after that of step 3, in the middle of an epoch
+    assert steps == [0, 1, 0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name, code", [("term", 75), ("usr1", 75), ("int", 130)])
+def test_a_signal_lets_the_step_end_and_saves_it(runs, name, code):
+    folder, results = runs
+    stopped = results[name][0]
+    assert stopped["code"] == code
+    assert "\nstopped by SIG" in stopped["err"] and "after step 5, saved in" in stopped["err"]
+    assert "Traceback" not in stopped["err"]
+    if name == "term":  # and it went on
+        assert results[name][1]["code"] == 0
+        assert check_same(folder, "whole_1", name) == list(range(STEPS))  # no step twice
+    else:
+        assert load_checkpoint(folder / name / "checkpoint.pt")["step"] == 5
+
+
+def test_ctrl_c_after_that_ends_it_at_once_and_loses_only_what_is_not_saved(runs):
+    folder, results = runs
+    assert [result["code"] for result in results["twice"]] == [130, 0]
+    assert check_same(folder, "whole_1", "twice") == [0, 1, 2, 3, 3, *range(4, STEPS)]
