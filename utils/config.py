@@ -96,14 +96,14 @@ def write_config(config, path):
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def parse_image_size(text, default):
-    """(H, W) from "256", "192x256" or None, which means default x default."""
+def parse_image_size(text, default, flag="sample_img_size"):
+    """(H, W) from "256", "192x256" or None, which means default x default; flag names it in the error."""
     if text is None:
         return default, default
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < 16:
-        raise UserError(f"--sample_img_size={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
+        raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
     return size
 
 

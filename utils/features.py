@@ -29,6 +29,7 @@ INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrain
 CLIP_FILE = Path.home() / ".cache" / "clip" / "ViT-B-32.pt"
 CLIP_URL = ("https://openaipublic.azureedge.net/clip/models/"
             "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt")
+CLIP_SIZE = 224
 CLIP_INSTALL = "pip install git+https://github.com/openai/CLIP.git"
 
 
@@ -37,6 +38,7 @@ class FeatureModel(NamedTuple):
 
     name        key of NETWORKS
     score_name  what the Fréchet distance of its features is called
+    size        S, the side of the images that the network takes
     prepare     uint8 array [H, W, 3] -> float32 array [S, S, 3], values in 0..255
     network     float32 [B, 3, S, S] on `device`, values in 0..255 -> [B, D]
     device      torch.device of the network
@@ -46,6 +48,7 @@ class FeatureModel(NamedTuple):
 
     name: str
     score_name: str
+    size: int
     prepare: Callable
     network: Callable
     device: torch.device
@@ -77,7 +80,7 @@ def build_feature_model(name, device="cpu", weights=None, download=False):
         raise UserError(f"weights={str(path)!r} does not hold the weights of {name} ({type(error).__name__}); "
                         "replace the file") from error
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return FeatureModel(name, kind.score_name, kind.prepare, network, device, path, sha256)
+    return FeatureModel(name, kind.score_name, kind.size, kind.prepare, network, device, path, sha256)
 
 
 def extract(images, feature_model, device="cpu", batch_size=64, num_workers=0, progress=None):
@@ -147,8 +150,8 @@ def _resize_clip(image):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
 
-    resized = resize(Image.fromarray(np.ascontiguousarray(image)), 224, interpolation=InterpolationMode.BICUBIC)
-    return np.array(center_crop(resized, 224), dtype=np.float32)
+    resized = resize(Image.fromarray(np.ascontiguousarray(image)), CLIP_SIZE, interpolation=InterpolationMode.BICUBIC)
+    return np.array(center_crop(resized, CLIP_SIZE), dtype=np.float32)
 
 
 def _inception_file():
@@ -225,6 +228,7 @@ def _download(kind, path):
 
 class _Network(NamedTuple):
     score_name: str
+    size: int
     prepare: Callable
     load: Callable  # (path, device) -> network
     usual_file: Callable  # () -> Path
@@ -233,9 +237,9 @@ class _Network(NamedTuple):
 
 
 NETWORKS = {  # only a distance of Inception's features is called FID
-    "inception_v3": _Network("FID", functools.partial(_resize, 299), _load_inception, _inception_file,
+    "inception_v3": _Network("FID", 299, functools.partial(_resize, 299), _load_inception, _inception_file,
                              INCEPTION_URL, _fetch_inception),
-    "clip_vit_b_32": _Network("FID_CLIP", _resize_clip, _load_clip, _clip_file, CLIP_URL, _fetch_clip),
-    "efficientnet_lite0": _Network("FD_efficientnet_lite0", functools.partial(_resize, 224), _load_efficientnet,
+    "clip_vit_b_32": _Network("FID_CLIP", CLIP_SIZE, _resize_clip, _load_clip, _clip_file, CLIP_URL, _fetch_clip),
+    "efficientnet_lite0": _Network("FD_efficientnet_lite0", 224, functools.partial(_resize, 224), _load_efficientnet,
                                    _efficientnet_file),
 }

@@ -1,5 +1,6 @@
 """A folder of image files, as the scripts write it, as a sequence of uint8 tensors."""
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -19,13 +20,14 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 class SampleFolder:
     """The first `count` images of a folder and the folders below it, in order of name; all of them without count.
 
-    Item i is the uint8 tensor [3, H, W] of image i; size is the (H, W) they share.
+    Item i is the uint8 tensor [3, H, W] of image i; size is the (H, W) they share, and settings how a script of this
+    project made them ({} for other folders).
     Raises UserError where the folder is missing, holds fewer images than count, or images of more than one size
     (only headers are read for that), and, when an item is read, for a file whose pixels are damaged.
     """
 
     def __init__(self, folder, count=None):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"samples={str(folder)!r} is not a folder; give the folder with the images to score")
         files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -43,6 +45,15 @@ class SampleFolder:
                 raise UserError(f"samples={str(folder)!r} has images of different sizes, {self.files[0].name} of "
                                 f"{self.size[0]}x{self.size[1]} and {path.name} of {size[0]}x{size[1]}; "
                                 "keep one size per folder")
+
+    @property
+    def settings(self):
+        """settings.json of the folder (utils.folder.ImageFolder)."""
+        try:
+            found = json.loads((self.folder / "settings.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def __len__(self):
         return len(self.files)

@@ -118,12 +118,13 @@ def config(tmp_path, real):
 
 
 LINE = re.compile(r"FD_efficientnet_lite0 (\d+\.\d\d) \((\d+) samples, (\d+) real images\) "
-                  r"· KID (-?\d\.\d{4}) ± (\d\.\d{4})\n")
+                  r"· KID (-?\d\.\d{4}) ± (\d\.\d{4}) · precision (\d\.\d{3}) · recall (\d\.\d{3})\n"
+                  r"protocol: (?:.*)\n")
 
 
-def check_line(result):
-    """The numbers of the one line on stdout."""
-    match = LINE.fullmatch(result.out)
+def check_line(result, pattern=LINE):
+    """The numbers of the scores on stdout."""
+    match = pattern.fullmatch(result.out)
     assert result.code == 0 and match, result
     return [float(group) for group in match.groups()]
 
@@ -135,7 +136,7 @@ def check_refused(result, match):
 
 def test_scores_against_the_data_set_of_a_config(run, config, samples, tmp_path):
     result = run("--config", config, "--samples", samples, "--output", tmp_path / "new" / "scores.json")
-    distance, num_samples, num_real, kid, error = check_line(result)
+    distance, num_samples, num_real, kid, error, precision, recall = check_line(result)
     assert distance > 10 and num_samples == 6 and num_real == 7  # one of the eight is held out
     assert "6 samples and 7 real images: below 10000 the distance is biased" in result.err
     assert "img/s" in result.err and "32x32" not in result.err
@@ -143,8 +144,26 @@ def test_scores_against_the_data_set_of_a_config(run, config, samples, tmp_path)
     assert record["score"] == "FD_efficientnet_lite0" and record["value"] == pytest.approx(distance, abs=0.006)
     assert record["kid"] == pytest.approx(kid, abs=6e-5)
     assert record["kid_standard_error"] == pytest.approx(error, abs=6e-5)
+    assert (record["precision"], record["recall"]) == pytest.approx((precision, recall), abs=6e-4)
+    assert record["neighbours"] == 3 and record["crops"] is None and record["size"] == [32, 32]
     assert record["num_samples"] == 6 and record["num_real_images"] == 7 and record["samples"] == str(samples)
     assert "7 training images of 32x32" in record["real_images"][0] and len(record["weights_sha256"]) == 64
+
+
+def test_the_protocol_is_printed_with_what_departs_from_the_papers(run, config, samples):
+    command = ("--config", config, "--samples", samples)
+    assert run(*command).out.splitlines()[1] == (
+        "protocol: 6 samples of 32x32, made in an unknown way; folder: 7 training images of 32x32, 3 channels, "
+        f"{samples.parent / 'real'}; 8 bits, not flipped; features of efficientnet_lite0; not the paper's, with 6 "
+        "samples, an unknown sampler, features of efficientnet_lite0")
+    (samples / "settings.json").write_text(json.dumps({"sampler": "ddim", "steps": 100, "eta": 0.0}))
+    assert run(*command).out.endswith("not the paper's, with 6 samples, features of efficientnet_lite0\n")
+
+
+def test_precision_and_recall_of_the_same_images_are_one(run, real):
+    assert check_line(run("--samples", real, "--real", real))[5:] == [1, 1]
+    refused = run("--samples", real, "--real", real, "--neighbours", 8)
+    check_refused(refused, "8 samples are too few for a score; at least 9 are needed")
 
 
 def test_real_images_are_scored_once(run, config, samples, tmp_path):
@@ -177,6 +196,38 @@ def test_a_real_folder_needs_no_config_and_takes_the_size_of_the_samples(run, tm
     record = json.loads((tmp_path / "working" / "scores.json").read_text())
     assert all("of 24x48" in described for described in record["real_images"])
     assert (tmp_path / "working" / "checkpoints" / "statistics").is_dir()
+
+
+def test_statistics_of_a_real_folder_are_kept_while_it_stays_as_it_is(run, samples, tmp_path):
+    real = write_crops(tmp_path / "other", 7, (32, 32), seed=1)
+    command = ("--samples", samples, "--real", real)
+    first, second = run(*command), run(*command)
+    assert check_line(first) == check_line(second) and "real images: 100%" not in second.err
+    Image.new("RGB", (32, 32)).save(real / "00007.png")
+    third = run(*command)
+    assert check_line(third)[2] == 8 and "real images: 100%" in third.err
+
+
+def test_crops_see_what_resizing_removes(run, tmp_path):
+    """Images with noise that is averaged away when they are made smaller."""
+    real = write_crops(tmp_path / "real", 6, (80, 80))
+    noisy = write_crops(tmp_path / "noisy", 6, (80, 80), noise=15)
+    line = re.compile(LINE.pattern.replace("FD_", "crop-FD_"))
+    command = ("--samples", noisy, "--real", real)
+    crops = check_line(run(*command, "--crops", 12, "--crop_size", 24, "--output", "scores.json"), line)
+    assert crops[1:3] == [12, 12] and crops[0] > 10
+    record = json.loads((tmp_path / "working" / "scores.json").read_text())
+    assert record["score"] == "crop-FD_efficientnet_lite0" and record["crops"] == 12 and record["crop_size"] == 24
+    assert "crops" in record["unlike_the_paper"] and record["size"] == [80, 80]
+    assert check_line(run("--samples", real, "--real", real, "--crops", 12, "--crop_size", 24), line)[0] == 0
+
+
+def test_crops_of_a_data_set_come_from_images_of_the_size_of_the_samples(run, config, tmp_path):
+    samples = write_crops(tmp_path / "large", 6, (48, 40), seed=1)
+    result = run("--config", config, "--samples", samples, "--crops", 10, "--crop_size", 40, "--output", "scores.json")
+    assert result.code == 0, result.err
+    assert "of 48x40" in json.loads((tmp_path / "working" / "scores.json").read_text())["real_images"][0]
+    check_refused(run("--config", config, "--samples", samples, "--crops", 10), "crop_size=224 does not fit .* 48x40")
 
 
 def test_a_real_folder_goes_before_the_data_set_of_a_config(run, config, samples, tmp_path):
@@ -213,12 +264,14 @@ def test_latent_and_autoencoder_config_as_for_sampling(run, config, samples, tmp
 def test_another_size_than_the_real_images_is_pointed_out(run, config, samples):
     result = run("--config", config, "--config.data.img_size=16", "--samples", samples)
     check_line(result)
-    assert "samples are 32x32 but real images 16x16; data.img_size" in result.err
+    assert "samples are 32x32 but real images 16x16, data.img_size" in result.err
+    same = run("--config", config, "--config.data.img_size=16", "--samples", samples, "--real_img_size=32")
+    assert check_line(same) == check_line(run("--config", config, "--samples", samples)) and "but real" not in same.err
 
 
 def test_mistakes(run, config, samples, real, tmp_path):
     command = ("--config", config, "--samples")
-    check_refused(run("--config", config), "--samples is missing")
+    check_refused(run("--config", config), "--samples is missing; give a folder, or --config and --decoder_config")
     check_refused(run("--samples", samples), "real images are missing; give --real FOLDER, or .*--config")
     check_refused(run("--samples", samples, "--config", tmp_path / "none.py"), "could not be loaded: .*none.py")
     check_refused(run(*command, tmp_path / "nowhere"), "is not a folder")
@@ -227,6 +280,11 @@ def test_mistakes(run, config, samples, real, tmp_path):
     check_refused(run(*command, samples, "--num_samples", 3), "3 samples are too few for a score; at least 4")
     check_refused(run(*command, samples, "--num_samples", 0), "num_samples")
     check_refused(run(*command, samples, "--split", "test"), "split")
+    check_refused(run(*command, samples, "--sampling_steps", 5), "--sampling_steps is for making samples")
+    check_refused(run(*command, samples, "--crop_size", 16), "--crop_size=16 is of crops only")
+    check_refused(run(*command, samples, "--crops", 9, "--real_img_size", 16), "leave out --real_img_size")
+    check_refused(run(*command, samples, "--real_img_size", "small"), "--real_img_size=small must be")
+    check_refused(run(*command, samples, "--neighbours", 0), "neighbours")
     check_refused(run(*command, samples, "--output", tmp_path), "--output=.* is a folder")
     check_refused(run(*command, samples, "--weights", "nowhere.pt"), "weights='nowhere.pt' is not a file")
     check_refused(run(*command, samples, model="vgg"), "feature_model")

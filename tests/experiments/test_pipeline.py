@@ -204,6 +204,28 @@ def test_reconstructions_and_how_close_they_are(trained, tmp_path):
     assert json.loads((tmp_path / "r" / "scores.json").read_text())["count"] == 4
 
 
+def test_a_trained_pair_is_scored_by_the_images_that_generate_samples_makes(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["experiments/calculate_fid.py", *trained[2], "--split=all", "--feature_model=efficientnet_lite0",
+               "--num_samples=5", "--sampling_steps=3"]
+    first = run_script(*command, "--output=scores.json")
+    assert first.code == 0 and "5 samples of 16x16 by ddim in 3 steps" in first.out, first.err
+    folder = tmp_path / "samples" / "tiny_sampler_16x16"
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert len(made) == 5 and json.loads((tmp_path / "scores.json").read_text())["samples"] == str(
+        folder.relative_to(tmp_path))
+    assert run_script(*command).out == first.out  # from the images that are there
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")} == made
+    scored = run_script("experiments/calculate_fid.py", *trained[1], "--split=all", "--samples", folder,
+                        "--feature_model=efficientnet_lite0")
+    assert scored.out == first.out
+    again = sample(trained[2], folder, "--num_samples=6")  # and sampling goes on where scoring left off
+    assert len(again) == 6 and (folder / "00000.png").stat().st_mtime_ns == made["00000.png"]
+    for flags, named in ((["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of"), (["--num_samples=3"], "3 samples are too"),
+                         (["--sample_img_size=8"], "--sample_img_size=8 must be")):
+        assert named in only_line(run_script(*command, *flags))
+
+
 def test_the_report_is_one_file_with_every_picture_and_figure(trained, tmp_path):
     _, single, both = trained
     run_script(RECONS, *single, "--sampling_steps=2", "--output", tmp_path / "recons")

@@ -1,5 +1,3 @@
-import types
-
 import cleanfid.fid
 import numpy as np
 import pytest
@@ -43,16 +41,6 @@ def test_frechet_distance_against_the_matrix_square_root(width):
     expected = np.square(mean_a - mean_b).sum() + np.trace(a + b - 2 * root)
     assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(mean_b, b, mean_a, a) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.fixture
-def any_scipy(monkeypatch):
-    """clean-fid's formula where scipy's sqrtm has lost the argument `disp` that clean-fid passes."""
-    def sqrtm(matrix, disp=True):
-        root = scipy.linalg.sqrtm(matrix)
-        return root if disp else (root, 0.0)
-
-    monkeypatch.setattr(cleanfid.fid, "linalg", types.SimpleNamespace(sqrtm=sqrtm))
 
 
 def test_frechet_distance_against_clean_fid(any_scipy):
@@ -153,6 +141,17 @@ def test_kid_of_one_subset_is_clean_fids(count):
     a, b = generator.normal(size=(count, 16)), generator.normal(0.2, 1.1, size=(count, 16))
     expected = cleanfid.fid.kernel_distance(a, b, num_subsets=1)
     assert kid(a, b)[0] == pytest.approx(expected, rel=1e-8)
+
+
+def test_kid_of_many_subsets_is_clean_fids_of_the_same_ones(monkeypatch):
+    generator = np.random.default_rng(6)
+    a, b = generator.normal(size=(35, 8)), generator.normal(0.5, 1, size=(35, 8))
+    value, _ = kid(a, b, subset_size=11)
+    generator = np.random.default_rng(0)  # three disjoint subsets of either
+    of_a, of_b = (generator.permutation(35)[:33].reshape(3, 11) for _ in range(2))
+    draws = iter([subset for pair in zip(of_a, of_b, strict=True) for subset in pair])
+    monkeypatch.setattr(np.random, "choice", lambda *_, **__: next(draws))
+    assert value == pytest.approx(cleanfid.fid.kernel_distance(b, a, num_subsets=3, max_subset_size=11), rel=1e-6)
 
 
 def test_kid_of_many_subsets_agrees_with_clean_fid():
