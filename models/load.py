@@ -1,25 +1,27 @@
-"""Trained models from the checkpoints of a run: EMA weights, in eval mode, ready for sampling."""
+"""Trained models from the files of a run: EMA weights, in eval mode, ready for sampling."""
 
 from torch import nn
 
 from models.build import build_decoder, build_encoder, build_latent_model
-from utils.checkpoint import check_same_architecture, digest, load_checkpoint, load_weights
+from utils.checkpoint import check_same_architecture, digest, load_weights
+from utils.checkpoint_folder import load_newest, older_checkpoints
 from utils.config import run_dir
 from utils.errors import UserError
+from utils.weights_file import load_weights_file
 
 
 def autoencoder_path(config):
-    """Checkpoint that a stage-1 run is sampled from."""
-    return run_dir(config) / "checkpoint.pt"
+    """File that a stage-1 run is sampled from: its newest checkpoint, or weights.safetensors where there is none."""
+    return _first_there(run_dir(config) / "checkpoint.pt", run_dir(config) / "weights.safetensors")
 
 
 def latent_path(config):
-    """Checkpoint that a stage-2 run is sampled from: the best by held-out loss."""
-    return run_dir(config) / "best_latent_checkpoint.pt"
+    """File that a stage-2 run is sampled from: its best checkpoint by held-out loss, or latent_weights.safetensors."""
+    return _first_there(run_dir(config) / "best_latent_checkpoint.pt", run_dir(config) / "latent_weights.safetensors")
 
 
 def load_autoencoder(config, device):
-    """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run; UserError where its checkpoint does not fit."""
+    """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run; UserError where its file does not fit the config."""
     modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config)})
     _load(modules, config, autoencoder_path(config), "autoencoder")
     return _frozen(modules, device)
@@ -39,11 +41,29 @@ def load_latent_model(config, device, encoder):
     return _frozen(modules, device)["latent_model"], facts["mean"].to(device), facts["std"].to(device)
 
 
-def _load(modules, config, path, kind):
-    saved = load_checkpoint(path, kind)
+def load_trained(path, kind, config):
+    """What a file of autoencoder_path or latent_path holds, of which "ema", "config" and "facts" are always there.
+
+    UserError where it is of another kind, or of another architecture than that of `config`.
+    """
+    if path.suffix == ".safetensors":
+        saved = load_weights_file(path, kind)
+    else:
+        saved, path = load_newest(path, kind)
     check_same_architecture(saved["config"], config.to_dict(), path)
+    return saved
+
+
+def _load(modules, config, path, kind):
+    saved = load_trained(path, kind, config)
     load_weights(modules, saved["ema"], path)
     return saved["facts"]
+
+
+def _first_there(checkpoint, weights):
+    """The checkpoint, or the newest before it where it is gone, or the file of weights; if nothing is, the first."""
+    found = [path for path in (checkpoint, *older_checkpoints(checkpoint).values(), weights) if path.exists()]
+    return found[0] if found else checkpoint
 
 
 def _frozen(modules, device):

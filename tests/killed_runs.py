@@ -3,8 +3,9 @@
     python -m tests.killed_runs <file of jobs, JSON>
 
 A job is {"command": [script, argument, ...], "kill_at": step or null, "signals": {step: [name, ...]}, "record": file}.
-At the beginning of the step `kill_at` the process gets SIGKILL; what was drawn for every step goes to the record.
-Prints the exit codes, negative for signals, and the last line of each process's stderr.
+At the beginning of the step `kill_at` the process gets SIGKILL. Signals go to it and to its workers, as those of a
+terminal or a scheduler do. What was drawn for every step goes to the record.
+Prints the exit codes, negative for signals, and the end of each process's stderr.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ def main():
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)
             instrument(job)
             result = run_script(*job["command"])
             os.write(write, result.err[-2000:].encode())
@@ -59,7 +61,7 @@ def instrument(job):
             trainer.checkpoints.wait()  # so that it is known where the run goes on
             os.kill(os.getpid(), signal.SIGKILL)
         for name in job.get("signals", {}).get(str(trainer.step), []):
-            os.kill(os.getpid(), getattr(signal, name))
+            os.killpg(0, getattr(signal, name))
         step[0] = trainer.step
         training_step(trainer, batch)
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in drawn)).hexdigest()

@@ -16,9 +16,11 @@ from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
 from utils.images import read_image
 from utils.logging import read_metrics
+from utils.weights_file import load_weights_file
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
+EXPORT = "experiments/export_weights.py"
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,55 @@ def test_samplers_and_eta(trained, tmp_path):
     # an untrained network's estimates hardly change between steps, and then it is DDIM
     solver = sample(trained[2], tmp_path / "solver", "--num_samples=1", "--sampler=dpm_solver")
     assert solver["00000.png"].shape == (3, 16, 16)
+
+
+def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path):
+    folder, single, both = trained
+    for config, run, name in ((single[1], "tiny", "weights"), (both[1], "tiny_sampler", "latent_weights")):
+        result = run_script(EXPORT, "--config", config, f"--output={tmp_path}/out/{run}/{name}.safetensors")
+        assert result.code == 0 and "M parameters of step" in result.out
+    moved = [f"--{flag}.run.output_dir={tmp_path / 'out'}" for flag in ("config", "decoder_config")]
+    ours, theirs = (sample(both, tmp_path / name, "--num_samples=3", *more) for name, more in (("a", []), ("b", moved)))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert run_script(RECONS, *single, moved[0], "--sampling_steps=2", "--output", tmp_path / "r").code == 0
+    assert run_script(STAGE_2, *both, *moved, "--config.run.experiment=again").code == 0
+    # a contradicting flag, and the file of the other stage
+    result = run_script(RECONS, *single, moved[0], "--sampling_steps=2", "--config.model.nf=16")
+    assert "weights.safetensors was trained with model.nf=8, the config has 16" in only_line(result)
+    shutil.copy(tmp_path / "out" / "tiny_sampler" / "latent_weights.safetensors",
+                tmp_path / "out" / "tiny" / "weights.safetensors")
+    assert "holds a latent, not a autoencoder" in only_line(
+        run_script(RECONS, *single, moved[0], "--sampling_steps=2"))
+
+
+def test_the_best_or_the_newest_is_exported(trained, tmp_path):
+    for config, run, name in ((trained[1][1], "tiny", "checkpoint.pt"),
+                              (trained[2][1], "tiny_sampler", "latent_checkpoint.pt")):
+        for which, prefix in (("best", "best_"), ("newest", "")):
+            path = tmp_path / "w.safetensors"
+            assert run_script(EXPORT, "--config", config, "--which", which, "--output", path).code == 0
+            saved = load_checkpoint(trained[0] / "checkpoints" / run / f"{prefix}{name}")
+            exported = load_weights_file(path, saved["kind"])
+            assert all(torch.equal(value, exported["ema"][name]) for name, value in saved["ema"].items())
+    assert "must end with .safetensors" in only_line(run_script(EXPORT, "--config", config, "--output=w.pt"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(trained, tmp_path):
+    folder, single, _ = trained
+    run = tmp_path / "checkpoints" / "tiny"
+    shutil.copytree(folder / "checkpoints" / "tiny", run)
+    again = [*single, f"--config.run.output_dir={tmp_path / 'checkpoints'}"]
+    assert run_script(STAGE_1, *again, "--config.train.max_steps=6").code == 0
+    content = bytearray((run / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "checkpoint.pt").write_bytes(content)
+    for script, *flags in ((RECONS, "--sampling_steps=2", "--output", tmp_path / "r"), (EXPORT,),
+                           (STAGE_1, "--config.train.max_steps=5")):
+        result = run_script(script, *again, *flags)
+        assert result.code == 0, result.err
+    assert load_checkpoint(run / "checkpoint.pt")["step"] == 5
+    (run / "checkpoint.pt").unlink()
+    assert run_script(RECONS, *again, "--sampling_steps=2", "--output", tmp_path / "s").code == 0
 
 
 def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path):

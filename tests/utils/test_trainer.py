@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.build import build_decoder, build_encoder
 from tests.tiny import tiny_config
 from utils import rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -246,6 +247,20 @@ def test_a_run_killed_while_it_evaluates_has_saved_its_steps_and_does_that_first
     assert [line["step"] for line in lines if "v" in line] == [3]
     assert load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")["step"] == 3
     make_trainer(tmp_path, 3, validate=die, **options).train()  # now it is finished
+
+
+def test_names_on_disk_are_those_of_the_networks_also_when_they_are_compiled(tmp_path):
+    names = []
+    for compiled in (False, True):
+        trainer = make_trainer(tmp_path / str(compiled), 1)
+        config = tiny_config(tmp_path)
+        config.train.compile = compiled
+        trainer.modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config)})
+        trainer.save()
+        trainer.checkpoints.wait()
+        names.append(list(load_checkpoint(tmp_path / str(compiled) / "run" / "checkpoint.pt")["modules"]))
+    assert names[0] == names[1] and "decoder.linear_out.weight" in names[0]
+    assert not any(part in ("module", "_orig_mod") for name in names[1] for part in name.split("."))
 
 
 def test_cosine_decay_goes_from_the_full_rate_to_zero():
