@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.conditioning import TimeEmbedding
+from models.conditioning import Conditioning, FiLM, TimeEmbedding
 from models.interpolation import grid_to_points, knn_to_grid
 from utils.rng import randn
 
@@ -25,12 +25,12 @@ class PointsToGrid(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.linear_out = nn.Linear(width, spec.base_channels)
 
-    def forward(self, values, coords, t=None, z=None):
+    def forward(self, values, coords, modulation=None):
         """values [B, L, C] -> (grid [B, base, G, G], outputs [B, L, nf] of the blocks)."""
         x = self.linear_in(values)
         skips = []
         for block in self.blocks:
-            x = block(x, coords, t, z)
+            x = block(x, coords, modulation)
             skips.append(x)
         return knn_to_grid(self.linear_out(x), coords, self.resolution, self.neighbours), skips
 
@@ -41,13 +41,15 @@ class SparseUNet(nn.Module):
     channels      of the values, out_channels of the prediction (twice as many where it also predicts a variance)
     width         nf, features of each point
     num_blocks    sparse residual blocks on either side of the grid
-    make_block    () -> SparseBlock, with time_dim = time_emb_dim
-    grid_unet     GridUNet, with time_dim = time_emb_dim
+    make_block    () -> SparseBlock
+    grid_unet     GridUNet
     neighbours    nearest points that each node of the grid averages
     time_emb_dim  sinusoidal features of t, and length of its embedding
+    z_dim         length of z
     """
 
-    def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim):
+    def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim,
+                 z_dim):
         super().__init__()
         self.time = TimeEmbedding(time_emb_dim, time_emb_dim)
         self.points_to_grid = PointsToGrid(
@@ -60,14 +62,16 @@ class SparseUNet(nn.Module):
         self.linear_out = nn.Linear(width, out_channels)
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
+        films = [module for module in self.modules() if isinstance(module, FiLM)]
+        self.conditioning = Conditioning(films, time_emb_dim, z_dim)
 
     def forward(self, values, t, z, coords):
         """values [B, L, C], t [B] in [0, 1000), z [B, Z] -> [B, L, out_channels], of the dtype of values."""
-        t = self.time(t)
-        grid, skips = self.points_to_grid(values, coords, t, z)
-        x = self.linear_back(grid_to_points(self.grid_unet(grid, t, z), coords))
+        modulation = self.conditioning(self.time(t), z)
+        grid, skips = self.points_to_grid(values, coords, modulation)
+        x = self.linear_back(grid_to_points(self.grid_unet(grid, modulation), coords))
         for merge, block in zip(self.merges, self.blocks, strict=True):
-            x = block(merge(torch.cat([x, skips.pop()], dim=-1)), coords, t, z)
+            x = block(merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation)
         return self.linear_out(x).to(values.dtype)
 
 

@@ -15,16 +15,16 @@ def build_decoder(config):
     """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
     model, channels = config.model, config.data.channels
     _check_even_time_emb_dim(model)
-    conditioning = {"time_dim": model.time_emb_dim, "z_dim": model.z_dim}
     decoder = SparseUNet(
         channels=channels,
         out_channels=2 * channels if model.learn_sigma else channels,
         width=model.nf,
         num_blocks=model.num_conv_blocks,
-        make_block=partial(_sparse_block, config, **conditioning),
-        grid_unet=GridUNet(_grid_spec(model), **conditioning),
+        make_block=partial(_sparse_block, config),
+        grid_unet=GridUNet(_grid_spec(model)),
         neighbours=model.knn_neighbours,
         time_emb_dim=model.time_emb_dim,
+        z_dim=model.z_dim,
     )
     _compile_if_asked(config, decoder.grid_unet)
     return decoder
@@ -62,13 +62,11 @@ def _compile_if_asked(config, network):
         network.compile()
 
 
-def _sparse_block(config, time_dim=None, z_dim=None):
+def _sparse_block(config):
     model = config.model
     _check(model.kernel_size % 2 == 1, model, "kernel_size", "must be odd")
     resolve_backend(model.backend, device=None, depthwise=model.depthwise_sparse)
-    return SparseBlock(
-        model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend, time_dim, z_dim
-    )
+    return SparseBlock(model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend)
 
 
 def _grid_spec(model):

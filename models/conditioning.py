@@ -1,5 +1,10 @@
-"""How the time step t and the latent z enter the network: embedding and FiLM."""
+"""How the time step t and the latent z enter the network: embedding and FiLM.
 
+A network has dozens of FiLM layers, each with three small matrices. `Conditioning` holds them all and multiplies them
+in a few large products; one by one they would be a third of the operations of a training step.
+"""
+
+import itertools
 import math
 
 import torch
@@ -33,32 +38,64 @@ def sinusoidal_features(t, width):
 
 
 class FiLM(nn.Module):
-    """Feature-wise modulation by t and z: (h (1 + scale_t) + shift_t) (1 + scale_z) (METHOD 4).
+    """Feature-wise modulation: h scale + shift, with this layer's entry of what Conditioning returns (METHOD 4).
 
-    (scale_t, shift_t) = Linear(GELU(t)) and scale_z = Linear(GELU(Linear(z))). Either input may be missing: time_dim
-    or z_dim None leaves its part out, and FiLM without both (the encoder) is the identity.
+    It has no parameters, and without a modulation (the encoder) it is the identity.
     """
 
-    def __init__(self, width, time_dim=None, z_dim=None):
+    def __init__(self, width):
         super().__init__()
-        self.time = nn.Linear(time_dim, 2 * width) if time_dim else None
-        self.latent = nn.Sequential(nn.Linear(z_dim, width), nn.GELU(), nn.Linear(width, width)) if z_dim else None
+        self.width = width
+        self.place = None  # its entry, which Conditioning assigns
 
-    def forward(self, h, t=None, z=None):
-        """h [B, ..., width], t [B, time_dim] embedded, z [B, z_dim] -> like h."""
-        scale, shift = 1.0, None
-        if self.time is not None:
-            scale_t, shift = _expand(self.time(F.gelu(t)), h).chunk(2, dim=-1)
-            scale = 1 + scale_t
-        if self.latent is not None:
-            scale_z = 1 + _expand(self.latent(z), h)
-            scale = scale * scale_z
-            shift = shift if shift is None else shift * scale_z
-        if shift is None:
-            return h if self.latent is None else h * scale
-        return torch.addcmul(shift, h, scale)  # both factors at once: one pass over h
+    def forward(self, h, modulation=None):
+        """h [B, ..., width] -> like h."""
+        if modulation is None:
+            return h
+        scale, shift = (vector.view(len(vector), *[1] * (h.dim() - 2), -1) for vector in modulation[self.place])
+        return torch.addcmul(shift, h, scale)
 
 
-def _expand(vector, h):
-    """[B, width] -> [B, 1, ..., 1, width] with as many dimensions as h."""
-    return vector.view(len(vector), *[1] * (h.dim() - 2), -1)
+class Conditioning(nn.Module):
+    """Scale and shift of every FiLM layer of a network, from t and z (METHOD 4).
+
+    FiLM(h) = (h (1 + scale_t) + shift_t) (1 + scale_z), with (scale_t, shift_t) = Linear(GELU(t)) and
+    scale_z = Linear(GELU(Linear(z))), so that scale = (1 + scale_t) (1 + scale_z) and shift = shift_t (1 + scale_z).
+
+    layers    the FiLM layers; each has Linears of its own, whose rows are stacked in order of the layers' width
+    time_dim  length of the embedded t
+    z_dim     length of z
+    """
+
+    def __init__(self, layers, time_dim, z_dim):
+        super().__init__()
+        layers = sorted(layers, key=lambda layer: layer.width)
+        for place, layer in enumerate(layers):
+            layer.place = place
+        self.widths = [layer.width for layer in layers]
+        self.groups = [(width, len(list(same))) for width, same in itertools.groupby(self.widths)]
+        self.time = nn.Linear(time_dim, 2 * sum(self.widths))
+        self.latent = nn.Linear(z_dim, sum(self.widths))
+        self.latent_weights = nn.ParameterList(torch.empty(count, width, width) for width, count in self.groups)
+        self.latent_biases = nn.ParameterList(torch.empty(count, 1, width) for width, count in self.groups)
+        for weight, bias in zip(self.latent_weights, self.latent_biases, strict=True):
+            bound = weight.shape[2] ** -0.5  # as nn.Linear
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, t, z):
+        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""
+        scale_t, shift_t = self.time(F.gelu(t)).chunk(2, dim=1)
+        scale_z = 1 + self._latent_scales(F.gelu(self.latent(z)))
+        scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
+        return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
+
+    def _latent_scales(self, hidden):
+        """The last Linear of every layer, [B, sum of widths] -> the same shape: one product for all of one width."""
+        parts = hidden.split([width * count for width, count in self.groups], dim=1)
+        scales = []
+        for part, (width, count), weight, bias in zip(
+                parts, self.groups, self.latent_weights, self.latent_biases, strict=True):
+            layers = part.unflatten(1, (count, width)).transpose(0, 1)  # [count, B, width]
+            scales.append(torch.baddbmm(bias, layers, weight).transpose(0, 1).flatten(1))
+        return torch.cat(scales, dim=1)

@@ -43,12 +43,9 @@ class GridSpec:
 
 
 class GridDown(nn.Module):
-    """1×1 convolution, the levels going down, and the middle (block, attention, block) of the U-Net.
+    """1×1 convolution, the levels going down, and the middle (block, attention, block) of the U-Net."""
 
-    time_dim is the length of the embedded t, z_dim that of the latent; None leaves either out.
-    """
-
-    def __init__(self, spec, time_dim=None, z_dim=None):
+    def __init__(self, spec):
         super().__init__()
         self.spec = spec
         widths, resolutions = spec.widths, spec.resolutions
@@ -57,54 +54,54 @@ class GridDown(nn.Module):
         for level, (resolution, blocks) in enumerate(zip(resolutions, spec.blocks_per_level, strict=True)):
             width, below = widths[level : level + 2]
             self.stages.append(nn.ModuleList(
-                _Stage(spec, width, width, resolution, time_dim, z_dim) for _ in range(blocks)
+                _Stage(spec, width, width, resolution) for _ in range(blocks)
             ))
             self.downs.append(_Conv(width, below, 3, stride=1 if level + 1 == len(resolutions) else 2, padding=1))
         width, resolution = widths[-1], resolutions[-1]
         self.middle = nn.ModuleList([
-            _Stage(spec, width, width, resolution, time_dim, z_dim, attention=True),
-            _Stage(spec, width, width, resolution, time_dim, z_dim, attention=False),
+            _Stage(spec, width, width, resolution, attention=True),
+            _Stage(spec, width, width, resolution, attention=False),
         ])
 
-    def forward(self, grid, t=None, z=None):
+    def forward(self, grid, modulation=None):
         """grid [B, base, G, G] -> (features [B, g, g, widths[-1]] of the lowest level, outputs of all stages)."""
         x = self.stem(grid.permute(0, 2, 3, 1))
         skips = []
         for stages, down in zip(self.stages, self.downs, strict=True):
             for stage in stages:
-                x = stage(x, t, z)
+                x = stage(x, modulation)
                 skips.append(x)
             x = down(x)
         for stage in self.middle:
-            x = stage(x, t, z)
+            x = stage(x, modulation)
         return x, skips
 
 
 class GridUNet(nn.Module):
     """GridDown mirrored: every stage going up takes the output of its counterpart going down."""
 
-    def __init__(self, spec, time_dim=None, z_dim=None):
+    def __init__(self, spec):
         super().__init__()
         self.spec = spec
-        self.down = GridDown(spec, time_dim, z_dim)
+        self.down = GridDown(spec)
         widths = spec.widths
         self.stages, self.ups = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(spec.mults))):
             width, below = widths[level : level + 2]
             self.stages.append(nn.ModuleList(
-                _Stage(spec, below + width, below, spec.resolutions[level], time_dim, z_dim)
+                _Stage(spec, below + width, below, spec.resolutions[level])
                 for _ in range(spec.blocks_per_level[level])
             ))
             up = _ConvTranspose(below, width, 4, stride=2, padding=1) if level else _Conv(below, width, 3, padding=1)
             self.ups.append(up)
         self.head = nn.Sequential(nn.Linear(widths[0], HEAD), nn.GELU(), nn.Linear(HEAD, widths[0]))
 
-    def forward(self, grid, t=None, z=None):
-        """grid [B, base, G, G], t [B, time_dim] embedded, z [B, z_dim] -> like grid, in channels_last memory."""
-        x, skips = self.down(grid, t, z)
+    def forward(self, grid, modulation=None):
+        """grid [B, base, G, G], modulation from models.conditioning -> like grid, in channels_last memory."""
+        x, skips = self.down(grid, modulation)
         for stages, up in zip(self.stages, self.ups, strict=True):
             for stage in stages:
-                x = stage(torch.cat([x, skips.pop()], dim=-1), t, z)
+                x = stage(torch.cat([x, skips.pop()], dim=-1), modulation)
             x = up(x)
         return self.head(x).permute(0, 3, 1, 2)
 
@@ -112,14 +109,14 @@ class GridUNet(nn.Module):
 class _Stage(nn.Module):
     """Residual block, followed by attention where the spec (or the argument) asks for it."""
 
-    def __init__(self, spec, width_in, width_out, resolution, time_dim, z_dim, attention=None):
+    def __init__(self, spec, width_in, width_out, resolution, attention=None):
         super().__init__()
-        self.block = ResidualBlock(spec, width_in, width_out, resolution, time_dim, z_dim)
+        self.block = ResidualBlock(spec, width_in, width_out, resolution)
         attention = resolution in spec.attn_resolutions if attention is None else attention
         self.attention = Attention(width_out, spec.attention) if attention else nn.Identity()
 
-    def forward(self, x, t, z):
-        return self.attention(self.block(x, t, z))
+    def forward(self, x, modulation):
+        return self.attention(self.block(x, modulation))
 
 
 class ResidualBlock(nn.Module):
@@ -128,22 +125,22 @@ class ResidualBlock(nn.Module):
     The last convolution starts at zero. conv_type "spectral" puts Fourier layers in the place of both convolutions.
     """
 
-    def __init__(self, spec, width_in, width_out, resolution, time_dim=None, z_dim=None):
+    def __init__(self, spec, width_in, width_out, resolution):
         super().__init__()
         self.norm_in = nn.LayerNorm(width_in)
         self.conv_in = _conv3(spec, width_in, width_out, resolution)
         self.norm_out = nn.LayerNorm(width_out)
-        self.film = FiLM(width_out, time_dim, z_dim)
+        self.film = FiLM(width_out)
         self.dropout = nn.Dropout(spec.dropout if resolution <= spec.dropout_from_resolution else 0.0)
         self.conv_out = _conv3(spec, width_out, width_out, resolution)
         self.shortcut = nn.Linear(width_in, width_out) if width_in != width_out else nn.Identity()
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x, t=None, z=None):
+    def forward(self, x, modulation=None):
         """x [B, G, G, width_in] -> [B, G, G, width_out]."""
         h = self.conv_in(F.gelu(self.norm_in(x)))
-        h = self.film(self.norm_out(h), t, z)
+        h = self.film(self.norm_out(h), modulation)
         return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)))
 
 

@@ -16,18 +16,17 @@ class SparseBlock(nn.Module):
     train_size    pixels per axis of the training resolution
     depthwise     one kernel per channel, [k, k, nf], or a full one, [k, k, nf, nf]
     backend       what computes K (models.sparse_conv); parameters do not depend on it
-    time_dim      length of the embedded t, z_dim of the latent; None leaves either out
     """
 
-    def __init__(self, width, kernel_size, train_size, depthwise=True, backend="auto", time_dim=None, z_dim=None):
+    def __init__(self, width, kernel_size, train_size, depthwise=True, backend="auto"):
         super().__init__()
         self.train_size = train_size
         self.backend = backend
         self.norm_conv = nn.LayerNorm(width)
-        self.film_conv = FiLM(width, time_dim, z_dim)
+        self.film_conv = FiLM(width)
         self.kernel = nn.Parameter(torch.empty(kernel_size, kernel_size, width, *([] if depthwise else [width])))
         self.norm_mlp = nn.LayerNorm(width)
-        self.film_mlp = FiLM(width, time_dim, z_dim)
+        self.film_mlp = FiLM(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
         # Small, because on a subset K is a noisy estimate of its integral.
@@ -36,11 +35,11 @@ class SparseBlock(nn.Module):
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
 
-    def forward(self, x, coords, t=None, z=None):
-        """x [B, L, nf] at coords, t [B, time_dim] embedded, z [B, z_dim] -> [B, L, nf]."""
+    def forward(self, x, coords, modulation=None):
+        """x [B, L, nf] at coords, modulation from models.conditioning.Conditioning -> [B, L, nf]."""
         kernel = resize_kernel(self.kernel, coords.size, self.train_size)
-        x = x + sparse_conv(self.film_conv(self.norm_conv(x), t, z), kernel, coords, self.backend)
-        return x + self.mlp(self.film_mlp(self.norm_mlp(x), t, z))
+        x = x + sparse_conv(self.film_conv(self.norm_conv(x), modulation), kernel, coords, self.backend)
+        return x + self.mlp(self.film_mlp(self.norm_mlp(x), modulation))
 
 
 def resize_kernel(kernel, size, train_size):

@@ -5,7 +5,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 SHOWN = 3  # tensors that a message names
 
@@ -62,9 +61,10 @@ class Update:
         large = finite & (norm > (optimizer.gradient_skip_threshold if optimizer.gradient_skip else math.inf))
         applied = finite & loss_finite & ~large
 
-        if optimizer.clip_gradient_norm:
-            nn.utils.clip_grads_with_norm_(parameters, optimizer.clip_gradient_norm, norm)
-        self.optimizer.found_inf = (~applied).float()  # what AdamW looks at, as with torch's own GradScaler.step
+        # Both are what fused AdamW looks at, as with torch's own GradScaler.step. It divides the gradients by
+        # grad_scale: that clips them to clip_gradient_norm without a pass over them.
+        self.optimizer.found_inf = (~applied).float()
+        self.optimizer.grad_scale = (norm / (optimizer.clip_gradient_norm or math.inf)).clamp(min=1)
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from data.coordinates import Coordinates
+from models.build import build_decoder, build_encoder
 from tests.models.tiny import SIZE, awake, draw, tiny_config, tiny_decoder, tiny_encoder
 from utils.rng import sample_generators
 
@@ -49,19 +50,28 @@ def test_a_sample_does_not_see_the_rest_of_its_batch():
 
 
 def test_one_function_gives_one_function_at_every_resolution():
-    decoder, encoder = tiny_decoder(kernel_size=5), tiny_encoder(kernel_size=5)
+    """Random networks, with kernels that change from tap to tap: some per cent off where 16 pixels discretise them, and
+    less at more pixels."""
     t, z = torch.tensor([300]), torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs, latents = {}, {}
+    coarse, fine, latent = [], [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        config = tiny_config(kernel_size=5)
+        decoder, encoder = awake(build_decoder(config), seed), awake(build_encoder(config), seed)
+        outputs, latents = [], []
         for size in [(16, 16), (32, 32), (64, 64), (64, 32)]:
             coords = Coordinates.full(1, size)
-            out = coords.scatter(decoder(smooth(coords), t, z, coords))
-            outputs[size] = F.interpolate(out, (SIZE, SIZE), mode="area")
-            latents[size] = encoder(smooth(coords), coords)
-    expected, latent = outputs.pop((SIZE, SIZE)), latents.pop((SIZE, SIZE))
-    for size, actual in outputs.items():
-        assert (actual - expected).square().mean().sqrt() < 0.08 * expected.std(), size
-        assert (latents[size] - latent).norm() < 0.08 * latent.norm(), size
+            with torch.no_grad():
+                out = coords.scatter(decoder(smooth(coords), t, z, coords))
+                outputs.append(F.interpolate(out, (SIZE, SIZE), mode="area"))
+                latents.append(encoder(smooth(coords), coords))
+        errors = [(out - outputs[1]).square().mean().sqrt() / outputs[1].std() for out in outputs]
+        coarse.append(errors[0])
+        fine += errors[2:]
+        latent += [(one - latents[0]).norm() / latents[0].norm() for one in latents[1:]]
+    assert sum(coarse) / len(coarse) < 0.1
+    assert sum(fine) / len(fine) < 0.05
+    assert sum(latent) / len(latent) < 0.08
 
 
 def test_t_and_z_change_the_output():

@@ -2,31 +2,48 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from models.conditioning import FiLM, TimeEmbedding, sinusoidal_features
+from models.conditioning import Conditioning, FiLM, TimeEmbedding, sinusoidal_features
+from tests.reference.autoencoder import film_vectors
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 4), (2, 3, 5, 4), (2, 4)])
-@pytest.mark.parametrize("with_t", [True, False])
-@pytest.mark.parametrize("with_z", [True, False])
-def test_film_is_its_equation(shape, with_t, with_z):
+def layers_and_conditioning(widths, time_dim=6, z_dim=3):
     torch.manual_seed(0)
-    film = FiLM(4, time_dim=6 if with_t else None, z_dim=3 if with_z else None)
-    h, t, z = torch.randn(shape), torch.randn(2, 6), torch.randn(2, 3)
-    out = film(h, t if with_t else None, z if with_z else None)
-    for image in range(2):
-        expected = h[image]
-        if with_t:
-            scale, shift = film.time(F.gelu(t[image])).chunk(2)
-            expected = expected * (1 + scale) + shift
-        if with_z:
-            first, _, last = film.latent
-            expected = expected * (1 + last(F.gelu(first(z[image]))))
-        torch.testing.assert_close(out[image], expected)
+    layers = [FiLM(width) for width in widths]
+    return layers, Conditioning(layers, time_dim, z_dim)
 
 
-def test_film_without_either_is_the_identity_and_has_no_parameters():
+@pytest.mark.parametrize("inner", [(7,), (3, 5), ()])
+def test_film_is_its_equation_in_layers_of_any_widths_and_order(inner):
+    layers, conditioning = layers_and_conditioning([8, 4, 8, 16, 4])
+    t, z = torch.randn(2, 6), torch.randn(2, 3)
+    vectors = film_vectors(conditioning, t, z)
+    for layer in layers:
+        h = torch.randn(2, *inner, layer.width)
+        scale_t, shift_t, scale_z = vectors[layer.place]
+        for image, out in enumerate(layer(h, conditioning(t, z))):
+            expected = (h[image] * (1 + scale_t[image]) + shift_t[image]) * (1 + scale_z[image])
+            torch.testing.assert_close(out, expected)
+
+
+def test_every_layer_has_linears_of_its_own():
+    """One row of numbers for each: no two layers, and no two samples, share what they get."""
+    layers, conditioning = layers_and_conditioning([4, 4, 4])
+    modulation = conditioning(torch.randn(2, 6), torch.randn(2, 3))
+    rows = torch.stack([torch.cat(modulation[layer.place], dim=1) for layer in layers]).flatten(0, 1)
+    assert (torch.cdist(rows, rows) + torch.eye(6) > 1e-2).all()
+
+
+def test_parameters_are_as_many_and_start_as_those_of_separate_linears():
+    widths, time_dim, z_dim = [64, 256, 64], 32, 16
+    _, conditioning = layers_and_conditioning(widths, time_dim, z_dim)
+    expected = sum(2 * w * (time_dim + 1) + w * (z_dim + 1) + w * (w + 1) for w in widths)
+    assert sum(parameter.numel() for parameter in conditioning.parameters()) == expected
+    for weight in conditioning.latent_weights:
+        assert 0.95 * weight.shape[2] ** -0.5 < weight.abs().max() <= weight.shape[2] ** -0.5
+
+
+def test_film_without_modulation_is_the_identity_and_has_no_parameters():
     film, h = FiLM(4), torch.randn(2, 3, 4)
     assert film(h) is h
     assert not list(film.parameters())

@@ -73,40 +73,43 @@ def test_the_operator_is_the_same_integral_at_every_resolution(size):
 
 def block(**options):
     torch.manual_seed(0)
-    return SparseBlock(8, 3, train_size=16, time_dim=4, z_dim=5, **options)
+    layer = SparseBlock(8, 3, train_size=16, **options)
+    layer.film_conv.place, layer.film_mlp.place = 0, 1
+    return layer
 
 
 def draw():
     generator = torch.Generator().manual_seed(0)
     coords = Coordinates.random(2, (16, 16), 64, generator=generator)
-    return [torch.randn(shape, generator=generator) for shape in [(2, 64, 8), (2, 4), (2, 5)]], coords
+    x, *vectors = (torch.randn(shape, generator=generator) for shape in [(2, 64, 8), (2, 8), (2, 8), (2, 8), (2, 8)])
+    return x, [vectors[:2], vectors[2:]], coords
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_the_block_is_its_equations(depthwise):
-    (x, t, z), coords = draw()
+    x, modulation, coords = draw()
     layer = awake(block(depthwise=depthwise))
-    expected = x + sparse_conv(layer.film_conv(layer.norm_conv(x), t, z), layer.kernel, coords)
-    expected = expected + layer.mlp(layer.film_mlp(layer.norm_mlp(expected), t, z))
-    torch.testing.assert_close(layer(x, coords, t, z), expected)
+    expected = x + sparse_conv(layer.film_conv(layer.norm_conv(x), modulation), layer.kernel, coords)
+    expected = expected + layer.mlp(layer.film_mlp(layer.norm_mlp(expected), modulation))
+    torch.testing.assert_close(layer(x, coords, modulation), expected)
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
 def test_initial_values(depthwise):
-    (x, t, z), coords = draw()
+    x, modulation, coords = draw()
     layer = block(depthwise=depthwise)
     bound = (8 * 9) ** -0.5
     assert 0.9 * bound < layer.kernel.abs().max() <= bound
     assert abs(layer.kernel.mean()) < 0.2 * bound
-    k_only = x + sparse_conv(layer.film_conv(layer.norm_conv(x), t, z), layer.kernel, coords)
-    torch.testing.assert_close(layer(x, coords, t, z), k_only)  # the MLP starts at zero
+    k_only = x + sparse_conv(layer.film_conv(layer.norm_conv(x), modulation), layer.kernel, coords)
+    torch.testing.assert_close(layer(x, coords, modulation), k_only)  # the MLP starts at zero
 
 
 def test_the_block_resizes_its_kernel_to_the_image():
     layer = awake(block())
-    (x, t, z), coords = draw()
+    x, modulation, coords = draw()
     finer = Coordinates(coords.index, (32, 8))
     kernel = resize_kernel(layer.kernel, (32, 8), 16)
-    expected = x + sparse_conv(layer.film_conv(layer.norm_conv(x), t, z), kernel, finer)
-    expected = expected + layer.mlp(layer.film_mlp(layer.norm_mlp(expected), t, z))
-    torch.testing.assert_close(layer(x, finer, t, z), expected)
+    expected = x + sparse_conv(layer.film_conv(layer.norm_conv(x), modulation), kernel, finer)
+    expected = expected + layer.mlp(layer.film_mlp(layer.norm_mlp(expected), modulation))
+    torch.testing.assert_close(layer(x, finer, modulation), expected)

@@ -182,7 +182,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     def moved(limit):
         trainer = make_trainer(tmp_path / str(limit), 1, loss=steep, optimizer__clip_gradient_norm=limit)
         norms = []
-        trainer.update.optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(torch.cat(
+        trainer.update.optimizer.register_step_post_hook(lambda optimizer, *_: norms.append(torch.cat(
             [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item()))
         trainer.train()
         return norms[0]
