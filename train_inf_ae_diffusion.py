@@ -58,15 +58,15 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
     t, weights = timesteps.sample(stream("t"))
     terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
-    timesteps.update(t, terms["loss"].detach())
+    timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
 
 
-def validation_loss(modules, dataset, diffusion, cfg, device):
+def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
     """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs;
     and over each quarter of the chain, from that of the least noise, validation_loss_q1, to q4."""
     losses, steps = [], []
-    for images, index in all_batches(dataset, cfg.train.batch_size, device):
+    for images, index in all_batches(dataset, batch_size, device):
         steps.append(index.to(device) * diffusion.num_steps // len(dataset))  # evenly over [0, T)
         stream = functools.partial(rng.sample_generators, device, index, "validation")
         losses.append(denoising_terms(modules, diffusion, cfg, images, steps[-1], stream)["loss"])
@@ -95,6 +95,7 @@ def main():
     cfg = config.read_autoencoder_config(CONFIG)
     device = resolve_device(cfg.run.device)
     check_wandb(cfg.run)
+    batch_size = config.micro_batch_size(cfg)
     diffusion = build_diffusion(cfg)
     timesteps = build_timestep_sampler(cfg)
     modules = build_modules(cfg)
@@ -105,10 +106,11 @@ def main():
         cfg, "autoencoder", modules,
         loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
-                                              num_workers=cfg.data.num_workers, device=device),
-        validate=lambda ema: validation_loss(ema, shown, diffusion, cfg, device),
+                                              num_workers=cfg.data.num_workers, device=device,
+                                              accumulation_steps=cfg.train.accumulation_steps),
+        validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),
-        device=device, state={"timesteps": timesteps}, best="validation_loss",
+        device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
     ).train()
 
 
@@ -119,4 +121,4 @@ def build_modules(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

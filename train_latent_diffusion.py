@@ -5,7 +5,6 @@
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from data.datasets import build_dataset
 from data.latents import latents_key, load_latents
-from data.loader import training_item
+from data.loader import training_item, training_positions
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode, sample_latents
 from diffusion.timestep_samplers import build_timestep_sampler
@@ -39,12 +38,11 @@ class LatentBatch(NamedTuple):
     index: torch.Tensor  # global sample indices, int64 [B]
 
 
-def latent_batches(latents, batch_size, seed, start_step):
-    """Endless batches of latents [N, Z] on their device, a pure function of (seed, step)."""
-    for step in itertools.count(start_step):
-        index = torch.arange(step * batch_size, (step + 1) * batch_size)
-        items = [training_item(len(latents), seed, int(p), augment=False)[0] for p in index]
-        yield LatentBatch(latents[items], index)
+def latent_batches(latents, cfg, start_step):
+    """Endless batches of latents [N, Z] on their device, one for each of this process's `training_positions`."""
+    for positions in training_positions(cfg.train.batch_size, start_step, cfg.train.accumulation_steps):
+        items = [training_item(len(latents), cfg.run.seed, position, augment=False)[0] for position in positions]
+        yield LatentBatch(latents[items], torch.tensor(positions))
 
 
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
@@ -53,7 +51,7 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     t, weights = timesteps.sample(stream("t"))
     noise = rng.randn(batch.z.shape, stream("noise"), batch.z.device)
     terms = diffusion.training_losses(modules["latent_model"], batch.z, t, None, noise)
-    timesteps.update(t, terms["loss"].detach())
+    timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
 
 
@@ -84,6 +82,7 @@ def main():
     config.check_same_latent(cfg, decoder_cfg)
     device = resolve_device(cfg.run.device)
     check_wandb(cfg.run)
+    config.micro_batch_size(cfg)  # raises if it is no whole number
     diffusion = build_diffusion(cfg)
     timesteps = build_timestep_sampler(cfg)
     torch.manual_seed(rng.seed_of(cfg.run.seed, "initial weights"))
@@ -97,10 +96,10 @@ def main():
     trainer = Trainer(
         cfg, "latent", modules,
         loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
-        batches=lambda step: latent_batches(latents.train.to(device), cfg.train.batch_size, cfg.run.seed, step),
+        batches=lambda step: latent_batches(latents.train.to(device), cfg, step),
         validate=lambda ema: validation_loss(ema, latents.heldout.to(device), diffusion),
         plot=lambda ema: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device),
-        device=device, state={"timesteps": timesteps}, source=key,
+        device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
         filename="latent_checkpoint.pt", best="validation_loss")
 
     def encode_images(images):
@@ -108,10 +107,11 @@ def main():
             return encode(encoder, images)
 
     latents = load_latents(config.run_dir(cfg) / "latents.pt", key, encode_images, *datasets,
-                           decoder_cfg.train.batch_size, device, decoder_cfg.data.num_workers)
+                           decoder_cfg.train.batch_size // decoder_cfg.train.accumulation_steps, device,
+                           decoder_cfg.data.num_workers)
     trainer.facts.update(mean=latents.mean, std=latents.std, encoder=digest(encoder.state_dict()))
     trainer.train()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

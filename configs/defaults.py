@@ -36,7 +36,8 @@ def autoencoder_config(img_size):
     train.amp = True
     train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
     train.compile = False
-    train.batch_size = 16
+    train.batch_size = 16  # images of one update, of all processes together
+    train.accumulation_steps = 1  # parts that a process cuts its share of them into, to use less memory
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100
@@ -126,6 +127,7 @@ def latent_config():
     train.precision = "auto"
     train.compile = False
     train.batch_size = 256
+    train.accumulation_steps = 1
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from data.loader import all_batches
+from utils import distributed
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
@@ -28,17 +29,19 @@ def latents_key(encoder, dtype, *datasets):
 
 
 def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, num_workers=0):
-    """Latents of both sets and their mirror images, from the cache at `path` if it has the key, else encoded anew.
+    """Latents of both sets and their mirror images, from the cache at `path` if it has the key, else encoded anew, by
+    each process a part.
 
     key       of latents_key
     encode    images [B, C, H, W] -> latents [B, Z]
     """
     saved = _read(path, key)
-    if saved is None:
+    if distributed.any_rank(saved is None):
         saved = {"kind": "latents", "key": key}
         for name, dataset in (("train", train_set), ("heldout", heldout_set)):
             saved[name] = _encode_all(encode, dataset, batch_size, device, num_workers, f"encoding {name} images")
-        save_checkpoint(path, saved)
+        if distributed.is_main():
+            save_checkpoint(path, saved)
     mean = saved["train"].mean(0)
     std = saved["train"].std(0).clamp_min(1e-6)  # a dimension that the encoder does not use stays zero
     return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std)
@@ -54,9 +57,11 @@ def _read(path, key):
 
 def _encode_all(encode, dataset, batch_size, device, num_workers, title):
     latents = []
-    with tqdm(total=2 * len(dataset), desc=title, unit="image") as progress:
+    with tqdm(total=2 * len(dataset), desc=title, unit="image", disable=not distributed.is_main()) as progress:
         for mirrored in (False, True):
-            for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored=mirrored):
-                latents.append(encode(images).float().cpu())
-                progress.update(len(images))
+            own = []
+            for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored=mirrored, divided=True):
+                own.append(encode(images).float().cpu())
+                progress.update(len(images) * distributed.world_size())
+            latents.append(distributed.concatenate(own))
     return torch.cat(latents)

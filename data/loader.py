@@ -2,7 +2,7 @@
 
 The training stream is a pure function of (seed, position): the global sample index p lies in epoch p // N and is item
 permutation(seed, epoch)[p % N], flipped or not by a coin of (seed, epoch, item). Nothing else (workers, processes,
-where a run was interrupted) enters.
+where a run was interrupted) enters. Step s consists of positions s · batch_size to (s + 1) · batch_size − 1.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from data.workers import map_in_workers
+from utils import distributed
 from utils.rng import generator, seed_of
 
 
@@ -22,24 +23,39 @@ class Batch(NamedTuple):
     index: torch.Tensor
 
 
-def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True):
-    """Yield a `Batch` for step start_step, start_step + 1, ... without end; `augment` flips half of the images."""
-    def keys():
-        for step in itertools.count(start_step):
-            positions = range(step * batch_size, (step + 1) * batch_size)
-            yield [(p, *training_item(len(dataset), seed, p, augment)) for p in positions]
+def training_positions(batch_size, start_step=0, accumulation_steps=1):
+    """Yield, without end, the positions (a range) of every batch that this process works on, from start_step on.
 
-    for images, index in _load(dataset, keys(), num_workers, device):
+    A step's batch_size positions are cut into as many equal, contiguous parts as there are processes, and each of these
+    into accumulation_steps, which is how many batches a process takes per step.
+    """
+    parts = distributed.world_size() * accumulation_steps
+    size = batch_size // parts
+    first = distributed.rank() * accumulation_steps
+    for step in itertools.count(start_step):
+        for part in range(step * parts + first, step * parts + first + accumulation_steps):
+            yield range(part * size, (part + 1) * size)
+
+
+def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True,
+                     accumulation_steps=1):
+    """Yield a `Batch` for each of `training_positions`, without end; `augment` flips half of the images."""
+    keys = ([(p, *training_item(len(dataset), seed, p, augment)) for p in positions]
+            for positions in training_positions(batch_size, start_step, accumulation_steps))
+    for images, index in _load(dataset, keys, num_workers, device):
         yield Batch(images, index)
 
 
-def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False):
+def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False, divided=False):
     """Yield (images float32 [B, C, H, W] in [-1, 1], item indices int64 [B]) over the whole set once, in order.
 
     mirrored   every image flipped from left to right, or none
+    divided    the batches are divided between the processes: a contiguous part for each, in the order of ranks
     The last batch may be smaller.
     """
     starts = range(0, len(dataset), batch_size)
+    if divided:
+        starts = [starts[place] for place in distributed.share(len(starts))]
     keys = ([(i, i, mirrored) for i in range(start, min(start + batch_size, len(dataset)))] for start in starts)
     yield from _load(dataset, keys, min(num_workers, len(starts)), device)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from utils import distributed
 from utils.errors import UserError
 from utils.rng import rand
 
@@ -29,8 +30,11 @@ class UniformSampler:
         t = torch.searchsorted(probabilities.cumsum(dim=0), uniform, right=True).clamp(max=self.steps - 1)
         return t, (1 / (self.steps * probabilities[t])).float()
 
-    def update(self, t, losses):
-        """Tells the sampler the unweighted losses [B] at the steps t [B]."""
+    def record(self, t, losses):
+        """Notes the unweighted losses [B] at the steps t [B] of one batch; they count from the next `end_step` on."""
+
+    def end_step(self):
+        """Takes in what all processes have recorded, in the order of the samples; call it after every update."""
 
     def state_dict(self):
         return {}
@@ -58,6 +62,7 @@ class LossSecondMomentSampler(UniformSampler):
         # one row more than there are steps: what is not to be kept is written there
         self._losses = torch.zeros(steps + 1, history, dtype=torch.float64)
         self._counts = torch.zeros(steps + 1, dtype=torch.int64)
+        self._recorded = []
 
     def _to(self, device):
         self._losses, self._counts = self._losses.to(device), self._counts.to(device)
@@ -69,6 +74,14 @@ class LossSecondMomentSampler(UniformSampler):
         rms = self._losses[:-1].square().mean(dim=1).sqrt()
         informed = (self._counts[:-1] >= self.history).all() & (rms.sum() > 0)
         return torch.where(informed, (1 - self.uniform_share) * rms / rms.sum() + self.uniform_share * uniform, uniform)
+
+    def record(self, t, losses):
+        self._recorded.append((t, losses.detach()))
+
+    def end_step(self):
+        t, losses = (distributed.gather(torch.cat(column)) for column in zip(*self._recorded, strict=True))
+        self._recorded = []
+        self.update(t, losses)
 
     def update(self, t, losses):
         """Remembers the unweighted losses [B] at the steps t [B].

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from configs.defaults import autoencoder_config
 from data.datasets import build_dataset
 from experiments.sampling import define_sampling_flags, make_samples
-from utils import cli, config, protocol
+from utils import cli, config, distributed, protocol
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.features import NETWORKS, build_feature_model
@@ -72,6 +72,8 @@ def main():
 
     found = compare(samples, real, model, Path(run.output_dir) / "statistics", CROPS.value, crop_size, NEIGHBOURS.value,
                     BATCH_SIZE.value, min(data.num_workers, os.cpu_count() or 1))
+    if not distributed.is_main():
+        return
     report({"score": ("crop-" if CROPS.value else "") + model.score_name, "value": found.pop("frechet"),
             "num_samples": found.pop("count_a"), "num_real_images": found.pop("count_b"),
             "samples": str(samples.folder), "size": list(size), "sampling": samples.settings, **found})
@@ -147,4 +149,4 @@ def report(found):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

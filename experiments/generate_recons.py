@@ -20,7 +20,7 @@ from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode, reconstruction_scores
 from diffusion.samplers import SAMPLERS
 from models.load import autoencoder_path, load_autoencoder
-from utils import cli, config, rng
+from utils import cli, config, distributed, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.folder import ImageFolder
@@ -63,6 +63,8 @@ def main():
         originals.save(indices, images)
         folder.save(indices, result)
 
+    if not distributed.is_main():
+        return
     scores = reconstruction_scores(originals.load(), folder.load(), diffusion.mollifier)
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{total} images: mollified PSNR {scores['mollified_psnr']:.2f} dB, {scores['nearest_is_own']} of {total} "
@@ -70,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

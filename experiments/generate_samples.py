@@ -3,8 +3,8 @@
     python experiments/generate_samples.py --config configs/ffhq_latent_config.py \
         --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512]
 
-Image i is a function of run.seed and i: it does not depend on the batch size. A run that was stopped continues
-when the same command is given again.
+Image i is a function of run.seed and i: it does not depend on the batch size, or on the number of processes where
+torchrun starts several. A run that was stopped continues when the same command is given again.
 """
 
 import sys
@@ -31,4 +31,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

@@ -54,7 +54,7 @@ def run(main, shared=False):
     except FloatingPointError as error:
         _fail(str(error), code=1)
     except Stopped as stopped:
-        if distributed.is_main():
+        if distributed.is_main() and distributed.first_to_fail(str(stopped)):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:

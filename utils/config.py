@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, config_flags
 
 from configs.defaults import autoencoder_config, latent_config
+from utils import distributed
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -18,8 +19,8 @@ from utils.files import replacing
 AT_LEAST = {
     "run.seed": 0,
     "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0,
-    "train.batch_size": 1, "train.sample_size": 1, "train.max_steps": 1, "train.plot_graph_steps": 1,
-    "train.plot_samples_steps": 1, "train.validate_steps": 1, "train.checkpoint_steps": 1,
+    "train.batch_size": 1, "train.accumulation_steps": 1, "train.sample_size": 1, "train.max_steps": 1,
+    "train.plot_graph_steps": 1, "train.plot_samples_steps": 1, "train.validate_steps": 1, "train.checkpoint_steps": 1,
     "train.ema_update_every": 1, "train.ema_decay": 0.0, "train.max_nonfinite_skips": 1,
     "train.keep_checkpoints": 1,
     "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
@@ -83,6 +84,19 @@ def check_same_latent(config, decoder_config):
     if run_dir(config) == run_dir(decoder_config):
         raise UserError(f"config.run.experiment={config.run.experiment!r} is also that of the autoencoder; they would "
                         "overwrite each other's metrics, so choose another")
+
+
+def micro_batch_size(config):
+    """Samples that a process works on at a time: train.batch_size / (processes · train.accumulation_steps).
+
+    UserError unless it is a whole number.
+    """
+    train, processes = config.train, distributed.world_size()
+    parts = processes * train.accumulation_steps
+    if train.batch_size % parts:
+        raise UserError(f"config.train.batch_size={train.batch_size} must be a multiple of {parts}, the number of "
+                        f"processes ({processes}) times train.accumulation_steps={train.accumulation_steps}")
+    return train.batch_size // parts
 
 
 def run_dir(config):

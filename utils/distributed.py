@@ -4,7 +4,10 @@ Tensors on the CPU travel by gloo, those on a GPU by NCCL. Every function below 
 all processes alike: each waits there for the others, at most TIMEOUT.
 """
 
+import contextlib
 import datetime
+import functools
+import itertools
 import json
 import os
 import signal
@@ -13,12 +16,16 @@ import time
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from utils.errors import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # more than validation and pictures take, which the others wait for
-_PATIENCE = 10  # seconds that a process which is to be stopped waits for it
+_PATIENCE = 3  # seconds that a process which is to be stopped waits for it
 _store = None  # of torchrun: keys and values that all processes see
+# Kept, as gloo's thread would free a tensor that nobody holds, for which it needs Python, which may be about to end.
+_number = torch.zeros(1, dtype=torch.int64)
+_rounds = itertools.count()  # all processes take part in the same ones
 
 
 def world_size():
@@ -68,6 +75,29 @@ def stop():
         _store = None
 
 
+def data_parallel(loss, modules):
+    """loss(modules, ...) as a function of its other arguments, whose backward leaves averages over all processes in the
+    gradients of the modules (torch's DistributedDataParallel, which sends them while backward goes on)."""
+    if not _store:
+        return functools.partial(loss, modules)
+    return nn.parallel.DistributedDataParallel(_Bound(loss, modules), gradient_as_bucket_view=True)
+
+
+class _Bound(nn.Module):
+    def __init__(self, loss, modules):
+        super().__init__()
+        self.loss, self.trained = loss, modules
+
+    def forward(self, *arguments):
+        return self.loss(self.trained, *arguments)
+
+
+def exchanged_later(loss, later):
+    """Context for a call of a data_parallel loss and its backward. Where `later` is true, gradients are added to those
+    there are and stay in this process; the first backward where it is not averages the sums."""
+    return loss.no_sync() if _store and later else contextlib.nullcontext()
+
+
 def barrier():
     """Wait for all processes."""
     any_rank(False)
@@ -75,11 +105,16 @@ def barrier():
 
 def any_rank(flag):
     """Whether `flag` is true in any of the processes."""
+    return bool(largest(int(bool(flag))))
+
+
+def largest(number):
+    """The largest of the processes' integers."""
     if not _store:
-        return bool(flag)
-    total = torch.tensor([float(flag)])
-    dist.all_reduce(total)
-    return total.item() > 0
+        return number
+    _number.fill_(number)
+    dist.all_reduce(_number, dist.ReduceOp.MAX)
+    return _number.item()
 
 
 def from_main(function):
@@ -91,9 +126,28 @@ def from_main(function):
     return result[0]
 
 
+def mean(terms):
+    """{name: scalar tensor} averaged over the processes, float32."""
+    if not _store:
+        return terms
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    dist.all_reduce(values)
+    return dict(zip(terms, values / world_size(), strict=True))
+
+
 def share(count):
     """The part of range(count) that falls to this process: contiguous, in the order of ranks, as equal as can be."""
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def deal(items):
+    """Yield the items of a list or range, each in one of the processes: whoever is ready takes the next one."""
+    if not _store:
+        yield from items
+        return
+    name = f"items dealt in round {next(_rounds)}"
+    while (place := _store.add(name, 1) - 1) < len(items):
+        yield items[place]
 
 
 def gather(values):
@@ -113,14 +167,15 @@ def concatenate(parts):
     own = torch.cat(parts).cpu() if parts else None
     if not _store:
         return own
-    lengths = [0] * world_size()
-    dist.all_gather_object(lengths, (0, None) if own is None else (len(own), own[:0]))
-    empty = next(example for _, example in lengths if example is not None)
-    padded = empty.new_zeros(max(length for length, _ in lengths), empty.shape[1])
+    shapes = [None] * world_size()
+    dist.all_gather_object(shapes, None if own is None else (len(own), own.shape[1], own.dtype))
+    lengths = [shape[0] if shape else 0 for shape in shapes]
+    _, width, dtype = next(shape for shape in shapes if shape)
+    padded = torch.zeros(max(lengths), width, dtype=dtype)
     if own is not None:
         padded[:len(own)] = own
     gathered = gather(padded).unflatten(0, (world_size(), -1))
-    return torch.cat([part[:length] for part, (length, _) in zip(gathered, lengths, strict=True)])
+    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])
 
 
 def first_to_fail(reason):

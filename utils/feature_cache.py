@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import distributed
 from utils.files import replacing
 from utils.metrics import Statistics
 
@@ -20,13 +21,16 @@ def cached_statistics(folder, label, key, compute):
     label  start of the file's name, for people
     key    printable; everything the statistics depend on. Another key is another file; a file that is damaged or
            belongs to another key is written anew.
+    Of several processes the main one reads and writes; all call compute(), and it is the main one's result that counts.
     """
     path = Path(folder) / f"{label}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
-    found = _read(path, repr(key))
-    if found is not None:
+    found = _read(path, repr(key)) if distributed.is_main() else None
+    if distributed.any_rank(found is not None):
         logging.info("statistics of the real images from %s", path)
         return found
     made = compute()
+    if not distributed.is_main():
+        return made
     try:
         _write(path, repr(key), made)
     except OSError as error:  # the score is still good

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from utils import distributed
 from utils.errors import UserError
 
 PREPROCESSING_VERSION = 1  # raise it when a change below alters features, so that cached statistics are not reused
@@ -86,6 +87,8 @@ def build_feature_model(name, device="cpu", weights=None, download=False):
 def extract(images, feature_model, device="cpu", batch_size=64, num_workers=0, progress=None):
     """Feature vectors of images, float32 array [N, D]; the order is kept, nothing is flipped or cropped at random.
 
+    Several processes share the work, and all of them get the result.
+
     images         anything with a length and indices that gives uint8 [C, H, W] tensors, C = 1 or 3: a data set,
                    a list, or one tensor [N, C, H, W]
     feature_model  a FeatureModel, or a name, which is then built on `device`
@@ -97,16 +100,19 @@ def extract(images, feature_model, device="cpu", batch_size=64, num_workers=0, p
         feature_model = build_feature_model(feature_model, device)
     if len(images) == 0:
         raise ValueError("there are no images to extract features from")
-    loader = torch.utils.data.DataLoader(_Prepared(images, feature_model.prepare), batch_size,
+    batches = list(torch.utils.data.BatchSampler(range(len(images)), batch_size, drop_last=False))
+    own = [batches[place] for place in distributed.share(len(batches))]
+    loader = torch.utils.data.DataLoader(_Prepared(images, feature_model.prepare), batch_sampler=own,
                                          num_workers=num_workers, collate_fn=_collate)
     features = []
-    with torch.no_grad(), tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
+    hidden = progress is None or not distributed.is_main()
+    with torch.no_grad(), tqdm(total=len(images), desc=progress, unit="img", disable=hidden) as bar:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             features.append(feature_model.network(batch.to(feature_model.device)).float().cpu())
-            bar.update(len(batch))
-    return torch.cat(features).numpy()
+            bar.update(len(batch) * distributed.world_size())
+    return distributed.concatenate(features).numpy()
 
 
 class _Prepared(torch.utils.data.Dataset):

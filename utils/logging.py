@@ -5,18 +5,23 @@ import math
 import os
 from pathlib import Path
 
+from utils import distributed
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import save_png
 
 
 class RunLog:
-    """The log of one run folder. `step` is the one the run continues from; later lines are dropped, they will be
-    written again (a run killed after its last checkpoint has logged steps that it is going to repeat)."""
+    """The log of one run folder, written by the main process alone. `step` is the one the run continues from; later
+    lines are dropped, they will be written again (a run killed after its last checkpoint has logged steps that it is
+    going to repeat)."""
 
     def __init__(self, folder, config, step=0):
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
+        self.writes, self.wandb = distributed.is_main(), None
+        if not self.writes:
+            return
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
         with replacing(self.metrics) as temporary:
@@ -25,6 +30,8 @@ class RunLog:
 
     def numbers(self, step, values):
         """One line of metrics, step and floats, on the disk when this returns: no checkpoint is ahead of its lines."""
+        if not self.writes:
+            return
         self.lines.append({"step": step, **values})
         with open(self.metrics, "a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
@@ -39,6 +46,8 @@ class RunLog:
 
     def picture(self, step, name, image):
         """One uint8 image [C, H, W], to images/<name>_<step>.png."""
+        if not self.writes:
+            return
         path = self.folder / "images" / f"{name}_{step:07d}.png"
         save_png(image, path)
         if self.wandb:

@@ -2,6 +2,7 @@
 
 from torch.utils.data import ConcatDataset
 
+from utils import distributed
 from utils.crops import Crops
 from utils.feature_cache import cached_statistics
 from utils.features import PREPROCESSING_VERSION, extract
@@ -11,6 +12,8 @@ from utils.metrics import score, statistics
 
 def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=3, batch_size=64, num_workers=0):
     """Dict of the numbers of metrics.score, precision and recall, and of what the real images were.
+
+    Several processes share the work of the network; the main one gets the result, the others None.
 
     samples     images as uint8 [C, H, W] with their common `size` (H, W), such as a SampleFolder
     real        data sets (data.datasets.base) that together are the real images; all of one size
@@ -22,7 +25,8 @@ def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=
     """
     def of(images, size, label):
         pieces = Crops(images, size, crops, crop_size) if crops else images
-        return statistics(extract(pieces, model, batch_size=batch_size, num_workers=num_workers, progress=label))
+        features = extract(pieces, model, batch_size=batch_size, num_workers=num_workers, progress=label)
+        return statistics(features) if distributed.is_main() else None
 
     key = {"fingerprints": [part.fingerprint() for part in real], "feature_model": model.name,
            "weights_sha256": model.sha256, "preprocessing": PREPROCESSING_VERSION, "crops": crops,
@@ -31,6 +35,8 @@ def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=
     real_statistics = cached_statistics(cache, f"{real[0].name}_{height}x{width}_{model.name}", key,
                                         lambda: of(ConcatDataset(real), size, "real images"))
     sample_statistics = of(samples, samples.size, "samples")
+    if not distributed.is_main():
+        return None
     scores = score(sample_statistics, real_statistics)
     scores["precision"], scores["recall"] = precision_recall(sample_statistics.features, real_statistics.features,
                                                              neighbours, model.device)

@@ -3,6 +3,8 @@
 import os
 import signal
 
+from utils import distributed
+
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 REQUEUE = 75  # exit code after SIGTERM or SIGUSR1: EX_TEMPFAIL of sysexits.h, try again
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -30,10 +32,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self):
-        """Exit code of a process that stops because of the signal."""
-        return INTERRUPTED if self.signal == signal.SIGINT else REQUEUE
+    def agreed(self):
+        """The signal that has arrived in any of the processes, in all of them alike; None where none has."""
+        number = distributed.largest(self.signal or 0)
+        return signal.Signals(number) if number else None
 
     def _note(self, number, _):
         if self.signal is None:
@@ -42,6 +44,11 @@ class StopRequest:
         elif number == signal.SIGINT:
             _say("interrupted; the steps since the last checkpoint are lost")
             os._exit(INTERRUPTED)
+
+
+def exit_code(stop):
+    """Exit code of a process that stops because of a signal."""
+    return INTERRUPTED if stop == signal.SIGINT else REQUEUE
 
 
 def _say(text):

@@ -6,7 +6,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils import rng
+from utils import distributed, rng
 from utils.checkpoint import check_same_architecture, load_weights
 from utils.checkpoint_folder import CheckpointFolder
 from utils.config import run_dir, write_config
@@ -15,7 +15,7 @@ from utils.ema import EMA
 from utils.errors import UserError
 from utils.files import remove_leftovers
 from utils.logging import RunLog, evaluated
-from utils.stop import Stopped, StopRequest
+from utils.stop import Stopped, StopRequest, exit_code
 from utils.update import Update
 
 
@@ -25,11 +25,12 @@ class Trainer:
     config      the whole config; sections run, train and optimizer act here
     kind        "autoencoder" or "latent": the first word of a checkpoint, and of its errors
     modules     nn.ModuleDict of all that is trained
-    loss        (modules, batch, step) -> {"loss": scalar tensor, ...}; other entries are logged
-    batches     first step -> iterator of batches, one a step
+    loss        (modules, batch, step) -> {"loss": scalar tensor, a mean over the batch, ...}; other entries are logged
+    batches     first step -> iterator of this process's batches, train.accumulation_steps for every step
     validate    modules -> {name: float}; of the EMA and of the weights themselves, logged every validate_steps
     plot        EMA modules -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
     state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
+    after_step  called after every update
     facts       plain data that those who load the checkpoint need (for example latent statistics); may be filled later
     source      text that identifies what is trained on; a checkpoint with another one is refused
     filename    name of the checkpoint in the run's folder
@@ -39,11 +40,11 @@ class Trainer:
     not: batches and random draws are functions of the step, all else is in the checkpoint.
     """
 
-    def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None, facts=None,
-                 source="", filename="checkpoint.pt", best=None):
+    def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None,
+                 after_step=lambda: None, facts=None, source="", filename="checkpoint.pt", best=None):
         self.config, self.kind, self.device = config, kind, device
         self.modules = modules.to(device).train()
-        self.loss, self.batches, self.validate, self.plot = loss, batches, validate, plot
+        self.batches, self.validate, self.plot, self.after_step = batches, validate, plot, after_step
         self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
         self.checkpoints = CheckpointFolder(self.folder, filename, config.train.keep_checkpoints)
@@ -56,6 +57,10 @@ class Trainer:
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
         if self.checkpoints.exists():
             self._resume()
+        if len(set(distributed.gather(torch.tensor([self.step])).tolist())) > 1:
+            raise UserError(f"the processes do not find the same {self.checkpoints.newest}; put run.output_dir where "
+                            "all machines can read it")
+        self.loss = distributed.data_parallel(loss, self.modules)
 
     def _resume(self):
         if not self.config.train.load_checkpoint:
@@ -84,80 +89,94 @@ class Trainer:
         if self.step >= max_steps and not self._evaluation_is_due():
             logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest, self.step)
             return
-        remove_leftovers(self.folder)
+        if distributed.is_main():
+            remove_leftovers(self.folder)
+            write_config(self.config, self.folder / "config.json")
         log = RunLog(self.folder, self.config, self.step)
-        write_config(self.config, self.folder / "config.json")
-        progress = tqdm(total=max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05)
+        progress = tqdm(total=max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05,
+                        disable=not distributed.is_main())
         try:
-            with StopRequest() as self._request:
-                self._run(log, progress)
+            with StopRequest() as request:
+                self._run(log, progress, request)
         finally:
             self.checkpoints.wait()
             progress.close()
             log.close()
 
-    def _run(self, log, progress):
+    def _run(self, log, progress, request):
         train = self.config.train
         if self._evaluation_is_due():  # a run that was killed while it validated has saved the step, but no more
             self._evaluate(log, progress)
         batches = self.batches(self.step)
         started = time.monotonic()
         while self.step < train.max_steps:
-            self.training_step(next(batches))
+            self.training_step(batches)
             self.checkpoints.check()
             progress.update()
             if self.step % train.plot_graph_steps == 0:
                 averages = self._averages()
                 progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
                 log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2)})
-            stop = self._should_stop()
+            stop = request.agreed()
             if stop or self._due(train.checkpoint_steps):
                 self.save()
             if stop:
                 self.checkpoints.wait()
-                raise Stopped(f"stopped by {self._request.signal.name} after step {self.step}, saved in "
-                              f"{self.checkpoints.newest}; the same command goes on", self._request.exit_code)
+                distributed.barrier()  # or else torchrun would end the main process while it writes
+                raise Stopped(f"stopped by {stop.name} after step {self.step}, saved in {self.checkpoints.newest}; "
+                              "the same command goes on", exit_code(stop))
             if self._evaluation_is_due():
                 self._evaluate(log, progress)
 
     def _due(self, interval):
         return self.step % interval == 0 or self.step == self.config.train.max_steps
 
-    def _should_stop(self):
-        """Whether to end after this step. All processes of a run have to give the same answer."""
-        return self._request.signal is not None
-
-    def training_step(self, batch):
-        """One update; its metrics are added to those since the last log line."""
+    def training_step(self, batches):
+        """One update from the next train.accumulation_steps batches of every process; its metrics are added to those
+        since the last log line."""
         self.modules.train()
-        # Dropout is the only user of the global generator; seeded by the step it does not depend on interruptions.
-        torch.manual_seed(rng.seed_of(self.config.run.seed, self.kind, "dropout", self.step))
-        with autocast(self.device, self.dtype):
-            metrics = self.loss(self.modules, batch, self.step)
-        self.update.backward(metrics["loss"])
+        count = self.config.train.accumulation_steps
+        parts = []
+        for part in range(count):
+            with distributed.exchanged_later(self.loss, later=part + 1 < count):
+                parts.append(self._backward(next(batches), distributed.rank() * count + part, count))
+        metrics = {name: torch.stack([terms[name] for terms in parts]).mean() for name in parts[0]}
+        metrics = distributed.mean(metrics)
         applied, norm = self.update.apply(self.step, metrics)
         self._accumulate({**metrics, "gradient_norm": norm}, applied)
+        self.after_step()
         self.step += 1
         self.ema.update(self.step)
+
+    def _backward(self, batch, part, count):
+        """Add the gradients of one part of a step, of which each process has `count`. Returns its terms."""
+        # Dropout is the only user of the global generator; seeded like this it does not depend on interruptions.
+        torch.manual_seed(rng.seed_of(self.config.run.seed, self.kind, "dropout", self.step, part))
+        with autocast(self.device, self.dtype):
+            terms = self.loss(batch, self.step)
+        self.update.backward(terms["loss"] / count)
+        return {name: term.detach() for name, term in terms.items()}
 
     def save(self):
         """Write the checkpoint, unless a step since the last one was bad (FloatingPointError)."""
         self.update.settle()
-        self.checkpoints.save({
-            **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
-            "update": self.update.state_dict(), "sums": self.sums,
-            "state": {name: part.state_dict() for name, part in self.state.items()},
-        })
+        if distributed.is_main():
+            self.checkpoints.save({
+                **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
+                "update": self.update.state_dict(), "sums": self.sums,
+                "state": {name: part.state_dict() for name, part in self.state.items()},
+            })
 
     def _header(self):
         return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts,
                 "source": self.source}
 
     def _evaluation_is_due(self):
-        """Whether validation or pictures come at this step, and are not there from a run that stopped later."""
+        """Whether validation or pictures come at this step, and are not there from a run that stopped later. They are
+        the main process's; the others wait for it in the next step."""
         train = self.config.train
         due = self.step > 0 and (self._due(train.validate_steps) or self._due(train.plot_samples_steps))
-        return due and not evaluated(self.folder, self.step)
+        return due and distributed.is_main() and not evaluated(self.folder, self.step)
 
     def _evaluate(self, log, progress):
         """Validation and pictures, as they are due. The line about them is the last thing: it tells a run that starts

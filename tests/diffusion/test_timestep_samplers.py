@@ -95,6 +95,21 @@ def test_history_keeps_the_last_ten_losses_of_a_step():
             assert kept[step].sort().values.tolist() == pytest.approx(expected)
 
 
+def test_what_is_recorded_counts_from_the_end_of_the_step():
+    sampler, twin = informed(), informed()
+    t = torch.tensor([4, 4, 2, 7])
+    for part in (slice(0, 3), slice(3, 4)):
+        sampler.record(t[part], 5 * loss_of(t[part]))
+    assert torch.equal(sampler.probabilities(), twin.probabilities())
+    sampler.end_step()
+    twin.update(t, 5 * loss_of(t))
+    assert torch.equal(sampler.probabilities(), twin.probabilities())
+    sampler.record(t, loss_of(t))
+    sampler.end_step()
+    twin.update(t, loss_of(t))  # and not what was taken in before
+    assert torch.equal(sampler.probabilities(), twin.probabilities())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_left_out(bad):
     sampler, twin = informed(), informed()

@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     write_folder(folder / "data", 23)  # 21 are trained on, in batches of 4: no step up to STEPS begins an epoch
     config, latent = tiny_config(folder, folder / "data", "folder"), tiny_latent_config(folder)
     config.model.stochastic_encoding, config.diffusion.schedule_sampler = True, "loss-second-moment"
-    config.diffusion.steps = 4  # so few that the sampler's history fills
+    config.diffusion.steps, config.train.accumulation_steps = 4, 2  # so few steps that the sampler's history fills
     for one in (config, latent):
         one.train.max_steps, one.train.checkpoint_steps, one.train.validate_steps = STEPS, 3, 2
         one.train.plot_samples_steps = 4

@@ -2,7 +2,10 @@
 
 import datetime
 import functools
+import itertools
 import os
+import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,23 +14,93 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from data.latents import load_latents
+from data.loader import training_batches, training_positions
+from diffusion.timestep_samplers import LossSecondMomentSampler
 from utils import cli, distributed
 from utils.errors import UserError
+from utils.feature_cache import cached_statistics
+from utils.features import FeatureModel, extract
+from utils.folder import ImageFolder
+from utils.metrics import statistics
+from utils.trainer import Trainer
 
 
-def collectives(folder):
-    """Writes what each helper gives in this process."""
+class Numbers:
+    """A data set of `count` images, each of one colour of its own."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, item):
+        return torch.tensor([10 * item, item, 0], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+
+
+def helpers():
+    """What each helper gives in this process."""
     me = distributed.rank()
-    results = {
+    return {
         "rank": me, "world": distributed.world_size(), "main": distributed.is_main(),
         "any": [distributed.any_rank(flag) for flag in (False, me == 1, True)],
         "from_main": distributed.from_main(lambda: ["made by", me]),
+        "mean": distributed.mean({"a": torch.tensor(me), "b": torch.tensor(2.0)}),
         "share": list(distributed.share(5)),
+        "deal": [list(distributed.deal(range(7))), list(distributed.deal(range(3)))],
         "gather": distributed.gather(torch.tensor([[me, 0], [me, 1]])),
         "concatenate": distributed.concatenate([torch.full((2, 3), me), torch.full((1 + me, 3), 10 + me)]),
         "of one alone": distributed.concatenate([torch.ones(2, 3)] if me == 1 else []),
     }
-    torch.save(results, folder / f"{me}.pt")
+
+
+def shared_work(folder):
+    """What all that divides its work gives in this process; in one process, for comparison, everything."""
+    numbers = Numbers(7)
+
+    positions = list(itertools.islice(training_positions(8, start_step=5, accumulation_steps=2), 4))
+    sampler = LossSecondMomentSampler(3)
+    for index in map(torch.tensor, positions[:2]):
+        sampler.record(index % 3, index.float().sin())
+    sampler.end_step()
+
+    images = ImageFolder(folder / "images", 7, {})
+    made = []
+    for indices, progress in images.missing_batches(2):
+        made += indices
+        images.save(indices, torch.tensor(indices)[:, None, None, None].expand(-1, 3, 4, 4) / 10)
+        progress(1)
+
+    batches = list(itertools.islice(training_batches(numbers, 4, seed=0), 3))
+    latents = load_latents(folder / "latents.pt", "key", lambda images: images.mean((2, 3)), numbers, Numbers(3), 2,
+                           "cpu")
+    model = FeatureModel("name", "score", 4, lambda image: image.astype("float32"), lambda images: images.mean((2, 3)),
+                         torch.device("cpu"), None, "")
+    features = extract(numbers, model, batch_size=2)
+    known = [cached_statistics(folder, "numbers", "key", lambda: statistics(features)) for _ in range(2)]
+    return {"positions": positions, "sampler": sampler.state_dict(), "made": made, "images": images.load(),
+            "index": [batch.index for batch in batches], "batches": [batch.images for batch in batches],
+            "latents": latents.train, "heldout": latents.heldout, "features": torch.from_numpy(features),
+            "mean": known[1] and torch.from_numpy(known[1].mean)}
+
+
+def works(folder):
+    torch.save((helpers(), shared_work(folder)), folder / f"{distributed.rank()}.pt")
+
+
+def is_stopped(*command):
+    """Run a training script; after its step 6 the last process alone is told to stop."""
+    training_step = Trainer.training_step
+
+    def step(trainer, batches):
+        training_step(trainer, batches)
+        if trainer.step == 6 and not distributed.is_main():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Trainer.training_step = step
+    sys.argv = list(command)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def fails(folder):
@@ -55,7 +128,10 @@ def hangs(folder):
 
 
 if __name__ == "__main__":
-    sys.argv, (case, folder) = sys.argv[:1], sys.argv[1:]
-    if case == "hangs":
-        distributed.TIMEOUT = datetime.timedelta(seconds=1.5)
-    cli.run(functools.partial(globals()[case], Path(folder)), shared=True)
+    sys.argv, (case, folder, *arguments) = sys.argv[:1], sys.argv[1:]
+    if case == "is_stopped":
+        is_stopped(*arguments)
+    else:
+        if case == "hangs":
+            distributed.TIMEOUT = datetime.timedelta(seconds=1.5)
+        cli.run(functools.partial(globals()[case], Path(folder)), shared=True)

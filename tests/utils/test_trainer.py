@@ -221,7 +221,7 @@ def test_validation_sees_the_average_and_the_weights_in_eval_mode_without_gradie
     trainer.train()
     assert seen == [(trainer.ema.modules, False, False), (trainer.modules, False, False)]
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0}
-    trainer.training_step(next(trainer.batches(2)))
+    trainer.training_step(trainer.batches(2))
     assert trainer.modules.training
 
 
