@@ -12,26 +12,34 @@ from utils import rng
 
 
 @torch.no_grad()
-def encode(encoder, images):
-    """Latents [B, Z] of images [B, C, H, W], from all pixels; the mean where the encoding is stochastic."""
-    coords = Coordinates.full(len(images), images.shape[-2:], images.device)
-    z = encoder(coords.gather(images), coords)
-    return (z[1] if isinstance(z, tuple) else z).float()
+def encode(encoder, images, known=None):
+    """Latents [B, Z] of images [B, C, H, W], the mean where the encoding is stochastic.
+
+    known   bool [B, 1, H, W], the pixels the encoder may see, in each image as many as there are; None: all
+    """
+    if known is None:
+        return _encode_at(encoder, images, Coordinates.full(len(images), images.shape[-2:], images.device))
+    return torch.cat([_encode_at(encoder, image[None], Coordinates(mask.flatten().nonzero().T, images.shape[-2:]))
+                      for image, mask in zip(images, known, strict=True)])
 
 
 @torch.no_grad()
-def decode(decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None):
+def decode(
+    decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None, path=None
+):
     """Images float32 [B, C, H, W] in [−1, 1] for latents z [B, Z], at any size (H, W).
 
     The chain starts at Tξ and stays in T-space; its last state T x_0 is sharpened once, by the Wiener filter.
     generators   one torch.Generator per image; the image is a function of it and of z
-    progress     called with 1 after every network evaluation
+    progress     called with 1 after every step
+    path         (denoise, Tξ) -> the path of states, in place of that of `sampler`: guidance, or another start
     """
     coords = Coordinates.full(len(z), size, z.device)
     denoise = diffusion.denoiser(lambda values, t: decoder(values, t, z, coords), coords)
     start = torch.empty(len(z), channels, *size, device=z.device)
     x = diffusion.mollifier.noise_like(start, generators)
-    for _, state in sample(sampler, denoise, x, diffusion, generators, eta):
+    states = sample(sampler, denoise, x, diffusion, generators, eta) if path is None else path(denoise, x)
+    for _, state in states:
         if progress:
             progress(1)
     return diffusion.mollifier.sharpen(state).clamp(-1, 1)
@@ -46,6 +54,11 @@ def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim
         if progress:
             progress(1)
     return state * std + mean
+
+
+def _encode_at(encoder, images, coords):
+    z = encoder(coords.gather(images), coords)
+    return (z[1] if isinstance(z, tuple) else z).float()
 
 
 def reconstruction_scores(originals, reconstructions, mollifier):

@@ -47,13 +47,16 @@ def ddim(denoise, x, schedule, eta=0.0, generator=None, noise_like=white_noise):
     if not 0 <= eta <= 1:
         raise UserError(f"--eta={eta} must lie between 0 (deterministic) and 1 (ancestral)")
     for t, a, a_prev in schedule.reversed_pairs():
-        x0 = denoise(x, _batch(t, x))
-        eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-        x = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
-        if sigma > 0:
-            x = x + sigma * noise_like(x, generator)
+        x = ddim_step(x, denoise(x, _batch(t, x)), a, a_prev, eta, generator, noise_like)
         yield t, x
+
+
+def ddim_step(x, x0, a, a_prev, eta=0.0, generator=None, noise_like=white_noise):
+    """The state after x, given the estimate x0 of T x_0; a and a_prev are alpha_bar before and after the step."""
+    eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+    sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+    x = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
+    return x + sigma * noise_like(x, generator) if sigma > 0 else x
 
 
 def ddim_invert(denoise, x, schedule):

@@ -4,6 +4,8 @@ import hashlib
 import os
 import warnings
 
+from PIL import Image
+
 from data.images import UNREADABLE, load_image
 from utils.errors import UserError
 
@@ -51,6 +53,11 @@ class ImageDataset:
     def read(self, index):
         """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE where it cannot be read."""
         return load_image(self._open(self.keys[index]), self.size, self.channels)
+
+    def source_size(self, index):
+        """(H, W) of image `index` as it is stored, before it is cropped and resized."""
+        with Image.open(self._open(self.keys[index])) as image:
+            return image.height, image.width
 
     def describe(self):
         """One line for logs."""

@@ -25,7 +25,7 @@ PHOTOS = (
     ("rocket.jpg", "left"),
 )
 SIDES = (64, 72, 80, 90, 102, 114, 128)  # of windows, in pixels of the photograph
-SMALLEST = SIDES[0]  # windows are never enlarged, so it is also the largest img_size
+LARGEST = SIDES[-1]  # windows are never enlarged, so it is also the largest img_size
 STEP = 0.15  # between windows, as a share of their side
 TRAIN_WINDOWS, HELD_OUT_WINDOWS = 1000, 64  # of each photograph
 
@@ -33,7 +33,8 @@ TRAIN_WINDOWS, HELD_OUT_WINDOWS = 1000, 64  # of each photograph
 class Photos(ImageDataset):
     """Square windows of the photographs, in an order that mixes them. `root` is not used.
 
-    Items are kept in memory once they are read, 74 MB at most. Raises UserError for a size above SMALLEST.
+    A size above that of the smallest windows leaves those that hold as many pixels, and fewer images. Items are kept in
+    memory once they are read, 120 MB at most. Raises UserError for a size above LARGEST.
     """
 
     name = "photos"
@@ -41,10 +42,10 @@ class Photos(ImageDataset):
 
     def __init__(self, root, train, size, channels):
         super().__init__("scikit-image", train, size, channels)
-        if max(size) > SMALLEST:
-            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {SMALLEST}x{SMALLEST} pixels that the "
-                            f"smallest window of 'photos' holds; use at most {SMALLEST}, or another data set")
-        self.keys = windows(train)
+        if max(size) > LARGEST:
+            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {LARGEST}x{LARGEST} pixels that the "
+                            f"largest window of 'photos' holds; use at most {LARGEST}, or another data set")
+        self.keys = windows(train, max(size))
         self._items = {}
 
     def read(self, index):
@@ -55,6 +56,10 @@ class Photos(ImageDataset):
             self._items[index] = to_tensor(fit(window, self.size))
         return self._items[index].clone()
 
+    def source_size(self, index):
+        """(H, W) of window `index` in pixels of its photograph."""
+        return (self.keys[index][3],) * 2
+
     def label(self, index):
         """What to call image `index` in a message."""
         return "window {1},{2} (side {3}) of {0}".format(*self.keys[index])
@@ -64,18 +69,22 @@ class Photos(ImageDataset):
         yield from self.keys
 
 
-def windows(train):
-    """Windows of a part, (file name, left, top, side) in pixels of the photograph, from each photograph in turn."""
+def windows(train, smallest=0):
+    """Windows of a part, (file name, left, top, side) in pixels of the photograph, from each photograph in turn.
+
+    smallest   least side
+    """
+    sides = [side for side in SIDES if side >= smallest]
     found = []
     for name, held_out_end in PHOTOS:
         with Image.open(_path(name)) as photo:
             width, height = photo.size
         start, stop = _columns(width, held_out_end, train)
-        of_photo = {(name, left, top, side) for side in SIDES for left in _places(start, stop - side, STEP * side)
+        of_photo = {(name, left, top, side) for side in sides for left in _places(start, stop - side, STEP * side)
                     for top in _places(0, height - side, STEP * side)}
         mixed = sorted(of_photo, key=lambda window: seed_of("photos", *window))
         found.append(mixed[:TRAIN_WINDOWS if train else HELD_OUT_WINDOWS])
-    return [window for turn in zip(*found, strict=True) for window in turn]
+    return [window for turn in zip(*found, strict=False) for window in turn]  # of the largest there are few
 
 
 def _columns(width, held_out_end, train):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data.datasets import build_dataset
-from data.datasets.photos import PHOTOS, SMALLEST, _path, windows
+from data.datasets.photos import LARGEST, PHOTOS, SIDES, _path, windows
 from data.images import fit, to_tensor
 from tests.data.layouts import config
 from utils.errors import UserError
@@ -35,7 +35,7 @@ def test_no_pixel_is_in_a_training_and_in_a_held_out_window():
 def test_windows_are_many_distinct_and_large():
     train, held_out = windows(True), windows(False)
     assert len(set(train)) == len(train) >= 2000 and len(set(held_out)) == len(held_out) >= 256
-    assert min(side for *_, side in train + held_out) >= SMALLEST
+    assert min(side for *_, side in train + held_out) >= SIDES[0]
     for part in (train, held_out):
         per_photo = np.unique([name for name, *_ in part[:60]], return_counts=True)[1]
         assert per_photo.tolist() == [10] * len(PHOTOS)  # the first few, which are the ones shown, are a fair sample
@@ -58,7 +58,7 @@ def test_held_out_pixels_cannot_change_a_training_item(monkeypatch):
     assert torch.equal(before, torch.stack([after[i] for i in range(60)]))
 
 
-@pytest.mark.parametrize("size", [8, 32, (33, 47), (20, 64), SMALLEST])
+@pytest.mark.parametrize("size", [8, 32, (33, 47), (20, 64), SIDES[0], (40, 100), LARGEST])
 def test_an_item_is_its_window_at_any_size(size):
     dataset = build_dataset(config("photos"), False, size)
     height, width = (size, size) if isinstance(size, int) else size
@@ -66,14 +66,24 @@ def test_an_item_is_its_window_at_any_size(size):
         name, left, top, side = dataset.keys[i]
         with Image.open(_path(name)) as photo:
             window = photo.convert("RGB").crop((left, top, left + side, top + side))
-        assert dataset[i].shape == (3, height, width)
+        assert dataset[i].shape == (3, height, width) and dataset.source_size(i) == (side, side)
+        assert side >= max(height, width)
         assert torch.equal(dataset[i], to_tensor(fit(window, (height, width))))
 
 
 def test_windows_are_never_enlarged():
-    for size in (SMALLEST + 1, (16, SMALLEST + 1)):
-        with pytest.raises(UserError, match="use at most 64"):
+    for size in (LARGEST + 1, (16, LARGEST + 1)):
+        with pytest.raises(UserError, match="use at most 128"):
             build_dataset(config("photos"), True, size)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_larger_size_leaves_windows_that_hold_it_of_every_photograph(train):
+    assert windows(train, 16) == windows(train, SIDES[0]) == windows(train)
+    for size, least in ((SIDES[1], 384), (LARGEST, 100)):
+        found = windows(train, size)
+        assert len(set(found)) == len(found) >= least and min(side for *_, side in found) >= size
+        assert len({name for name, *_ in found[:len(PHOTOS)]}) == len(PHOTOS)
 
 
 def test_items_stay_the_same_when_a_caller_changes_one():

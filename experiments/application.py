@@ -1,0 +1,53 @@
+"""What inpaint.py and interpolate.py share: which images they take, latents from a latent model, the file of scores."""
+
+import json
+
+from data.inputs import folder_images, heldout_images
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.generate import sample_latents
+from models.load import latent_path, load_latent_model
+from utils import config, rng
+from utils.checkpoint import identity
+from utils.device import autocast, resolve_dtype
+from utils.errors import UserError
+from utils.files import replacing
+
+
+def read_images(cfg, folder, size, count):
+    """(uint8 [N, C, H, W], where they are from): held-out images or, with a folder, its images as they are.
+
+    folder   value of --input, or None
+    size     value of --sample_img_size, or None for the training resolution
+    """
+    if folder is None:
+        return heldout_images(cfg, config.parse_image_size(size, cfg.data.img_size), count)
+    if size is not None:
+        raise UserError(f"--sample_img_size={size} is for held-out images, and those of --input keep their size; leave "
+                        "it out")
+    return folder_images("input", folder, cfg.data.channels, count)
+
+
+def latent_sampler(flag, cfg, device, encoder):
+    """(indices -> z [B, Z] on the device, identity of the model) of the flag's latent config; (None, None) without.
+
+    Latent i is a function of run.seed and i: the one that generate_samples.py takes for sample i.
+    """
+    if flag.value is None:
+        return None, None
+    latent_cfg = config.read_latent_config(flag)
+    config.check_same_latent(latent_cfg, cfg)
+    diffusion = build_diffusion(latent_cfg)
+    model, mean, std = load_latent_model(latent_cfg, device, encoder)
+
+    def draw(indices):
+        generators = rng.sample_generators(device, indices, latent_cfg.run.seed, "latent")
+        with autocast(device, resolve_dtype(latent_cfg.train, device)):
+            return sample_latents(model, diffusion, mean, std, generators, "ddpm")
+
+    return draw, identity(latent_path(latent_cfg))
+
+
+def write_scores(path, scores, settings):
+    """One JSON file of the scores and how they came about."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**scores, "settings": settings}, indent=2) + "\n")

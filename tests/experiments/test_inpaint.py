@@ -1,0 +1,118 @@
+"""Inpainting as a user runs it, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.layouts import write_folder
+from tests.scripts import only_line, run_script
+from tests.tiny import tiny_config, tiny_latent_config, write_config_file
+from utils.images import read_image
+
+INPAINT = "experiments/inpaint.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, autoencoder config, latent config) of a trained pair of models, with 4 held-out images of 20²."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_folder(folder / "data", 80)
+    ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
+    latent = write_config_file(tiny_latent_config(folder / "checkpoints"), folder / "latent.py")
+    assert run_script("train_inf_ae_diffusion.py", "--config", ae).code == 0
+    assert run_script("train_latent_diffusion.py", "--config", latent, "--decoder_config", ae).code == 0
+    return folder, ae, latent
+
+
+def inpaint(trained, output, *flags):
+    """({name: list of uint8 images}, scores) of a run."""
+    result = run_script(INPAINT, "--config", trained[1], "--sampling_steps=3", "--output", output, *flags)
+    assert result.code == 0, result.err
+    folders = {name: [read_image(path) for path in sorted((output / name).glob("*.png"))]
+               for name in ("originals", "masked", "generated", "results")}
+    assert (output / "grid.png").exists()
+    return folders, json.loads((output / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("mask", ["centre", "half", "strokes", "pixels"])
+def test_known_pixels_are_kept_and_unknown_ones_filled(trained, tmp_path, mask):
+    images, scores = inpaint(trained, tmp_path / "o", "--mask", mask)
+    assert [len(group) for group in images.values()] == [4] * 4 and scores["count"] == 4
+    for original, masked, generated, result in zip(*images.values(), strict=True):
+        unknown = (masked == 255).all(0)
+        assert 0.1 < unknown.float().mean() < 0.9
+        assert torch.equal(result[:, ~unknown], original[:, ~unknown])
+        assert torch.equal(masked[:, ~unknown], original[:, ~unknown])
+        assert (result[:, unknown].int() - generated[:, unknown].int()).abs().max() <= 1
+        assert not torch.equal(result[:, unknown], original[:, unknown])
+    assert scores["settings"]["mask"] == mask and 0.1 < scores["unknown_share"] < 0.9
+    assert scores["psnr_unknown"] < 40 and scores["seam"] > 0
+
+
+def test_consistency_and_guidance_fit_the_known_pixels(trained, tmp_path):
+    """Even of a network that has learned nothing."""
+    fits = {name: inpaint(trained, tmp_path / name, "--sampling_steps=15", *flags)[1]["psnr_known"] for name, flags in (
+        ("neither", ["--guidance=0", "--consistency=0"]), ("guidance", ["--guidance=1", "--consistency=0"]),
+        ("consistency", ["--guidance=0"]))}
+    assert fits["guidance"] > fits["neither"] + 0.5 and fits["consistency"] > fits["neither"] + 4
+
+
+def test_each_option_changes_the_result_and_the_batch_does_not(trained, tmp_path):
+    plain = inpaint(trained, tmp_path / "plain", "--num_samples=3")[0]["results"]
+    assert len(plain) == 3
+    same = inpaint(trained, tmp_path / "same", "--num_samples=3", "--config.train.sample_size=3")[0]["results"]
+    assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(plain, same, strict=True))
+    for name, *flags in (("guidance", "--guidance=0"), ("jumps", "--jumps=1"), ("seed", "--config.run.seed=1"),
+                         ("consistency", "--consistency=0.5"), ("latent", "--latent_config", trained[2])):
+        other = inpaint(trained, tmp_path / name, "--num_samples=3", *flags)[0]["results"]
+        assert not torch.equal(other[0], plain[0]), name
+
+
+def test_what_is_unknown_has_no_part_in_the_result(trained, tmp_path):
+    """The same images with noise where the mask is: neither the encoder nor the guidance sees it."""
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (3, 2, 12, 9))
+    mask.save(tmp_path / "mask.png")
+    results = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        image = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        if name == "b":
+            image[2:9, 3:12] = 255 - image[2:9, 3:12]
+        Image.fromarray(image.numpy()).save(tmp_path / name / "0.png")
+        images, _ = inpaint(trained, tmp_path / f"o{name}", "--input", tmp_path / name, "--mask", tmp_path / "mask.png",
+                            "--jumps=1")
+        results.append(images["results"][0])
+    assert torch.equal(*results)
+
+
+def test_another_resolution_and_shape(trained, tmp_path):
+    images, _ = inpaint(trained, tmp_path / "o", "--sample_img_size=18x20", "--num_samples=1", "--mask=half")
+    assert images["results"][0].shape == (3, 18, 20)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--mask=absent.png"], "--mask=absent.png is neither one of centre"),
+    (["--guidance=-1"], "guidance"), (["--consistency=2"], "consistency"), (["--jumps=-1"], "jumps"),
+    (["--sampling_steps=21"], "21 sampling steps"), (["--num_samples=0"], "num_samples"),
+    (["--sample_img_size=32"], "less than the 32x32 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
+    (["--input=absent"], "--input=absent has no images"),
+    (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 is for held-out images"),
+    (["--config.run.experiment=absent"], "there is no checkpoint"),
+    (["--output=/proc/none"], "--output=/proc/none"),
+])
+def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, flags, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in only_line(run_script(INPAINT, "--config", trained[1], "--sampling_steps=3", *flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_that_leaves_too_little_is_one_line(trained, tmp_path):
+    mask = Image.new("L", (16, 16), 255)
+    mask.putpixel((3, 4), 0)
+    mask.save(tmp_path / "mask.png")
+    line = only_line(run_script(INPAINT, "--config", trained[1], "--mask", tmp_path / "mask.png",
+                                "--sampling_steps=3"))
+    assert "fewer known pixels than model.knn_neighbours=3" in line
