@@ -4,8 +4,12 @@ Each is a weighted sum of a few rows of features; places and weights depend on t
 computed once for them.
 """
 
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from models.nearest import nearest_pixels
 
@@ -21,8 +25,8 @@ def knn_to_grid(features, coords, grid_size, k=3):
     """
     if k > coords.num_points:
         raise ValueError(f"k={k} nearest points were asked for, but there are only {coords.num_points} points")
-    place, weight = coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_weights(coords, grid_size, k))
-    return _weighted_rows(features, place, weight).unflatten(1, (grid_size, grid_size)).permute(0, 3, 1, 2)
+    mixture = coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_mixture(coords, grid_size, k))
+    return mixture(features).unflatten(1, (grid_size, grid_size)).permute(0, 3, 1, 2)
 
 
 def grid_to_points(grid, coords):
@@ -31,17 +35,17 @@ def grid_to_points(grid, coords):
     grid [B, C, G, G] -> [B, L, C]; what F.grid_sample computes with align_corners=False and padding_mode="border".
     """
     size = grid.shape[-1]
-    place, weight = coords.cached(("grid_to_points", size), lambda: _bilinear_weights(coords, size))
-    return _weighted_rows(grid.flatten(2).transpose(1, 2), place, weight)
+    mixture = coords.cached(("grid_to_points", size), lambda: _bilinear_mixture(coords, size))
+    return mixture(grid.flatten(2).transpose(1, 2))
 
 
-def _knn_weights(coords, grid_size, k):
+def _knn_mixture(coords, grid_size, k):
     place, squared_distance = nearest_pixels(coords, grid_size, k)
     weight = 1 / squared_distance.clamp(min=TINY)
-    return _rows(place, coords.num_points), weight / weight.sum(dim=-1, keepdim=True)
+    return Mixture(place, weight / weight.sum(dim=-1, keepdim=True), coords.num_points)
 
 
-def _bilinear_weights(coords, size):
+def _bilinear_mixture(coords, size):
     position = (coords.positions * size - 0.5).clamp(0, size - 1)
     low = position.floor()
     x1, y1 = (position - low).unbind(-1)  # share of the right and of the lower neighbour
@@ -49,17 +53,56 @@ def _bilinear_weights(coords, size):
     right, bottom = (left + 1).clamp(max=size - 1), (top + 1).clamp(max=size - 1)
     place = torch.stack([top * size + left, top * size + right, bottom * size + left, bottom * size + right], dim=-1)
     weight = torch.stack([(1 - y1) * (1 - x1), (1 - y1) * x1, y1 * (1 - x1), y1 * x1], dim=-1)
-    return _rows(place, size * size), weight
+    return Mixture(place, weight, size * size)
 
 
-def _rows(place, count):
-    """Places [B, M, K] in each image's `count` rows -> places among the rows of the whole batch."""
-    return place + count * torch.arange(len(place), device=place.device)[:, None, None]
+class Mixture:
+    """Weighted sums of K of each image's `count` rows: place int64 and weight float32 [B, M, K].
+
+    Called with features [B, count, C] it returns [B, M, C], and never holds [B, M, K, C].
+    """
+
+    def __init__(self, place, weight, count):
+        self.images, self.count = len(place), count
+        first = count * torch.arange(len(place), device=place.device)
+        self.place = (place + first[:, None, None]).flatten(0, 1)  # among the rows of the whole batch
+        self.weight = weight.flatten(0, 1)
+
+    def __call__(self, features):
+        rows = features.flatten(0, 1)
+        # On a CPU the gradient that PyTorch has for embedding_bag takes more time than all of the rest.
+        mixed = _MixRows.apply(rows, self) if rows.device.type == "cpu" else self.mix(rows)
+        return mixed.unflatten(0, (self.images, -1))
+
+    def mix(self, rows):
+        return F.embedding_bag(self.place, rows, mode="sum", per_sample_weights=self.weight.to(rows.dtype))
+
+    @functools.cached_property
+    def transposed(self):
+        """The sums as a sparse matrix [all rows, all sums]."""
+        sums, k = self.place.shape
+        ends = torch.arange(0, sums * k + 1, k, device=self.place.device)
+        shape = (sums, self.images * self.count)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            matrix = torch.sparse_csr_tensor(
+                ends, self.place.flatten(), self.weight.flatten(), shape, check_invariants=False).to_sparse_csc()
+            return torch.sparse_csr_tensor(
+                matrix.ccol_indices(), matrix.row_indices(), matrix.values(), shape[::-1], check_invariants=False)
 
 
-def _weighted_rows(features, place, weight):
-    """features [B, N, C], place and weight [B, M, K] -> [B, M, C]: sums of K rows, without [B, M, K, C] in memory."""
-    rows = features.flatten(0, 1)
-    weight = weight.flatten(0, 1).to(rows.dtype)
-    bags = F.embedding_bag(place.flatten(0, 1), rows, mode="sum", per_sample_weights=weight)
-    return bags.unflatten(0, place.shape[:2])
+class _MixRows(torch.autograd.Function):
+    """Mixture.mix, with the gradient as a product with the transposed sparse matrix."""
+
+    @staticmethod
+    def forward(ctx, rows, mixture):
+        ctx.mixture = mixture
+        return mixture.mix(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with torch.autocast("cpu", enabled=False):
+            matrix = ctx.mixture.transposed
+            wide = grad if grad.dtype == torch.float64 else grad.float()  # half precision has no sparse products
+            return (matrix.to(wide.dtype) @ wide).to(grad.dtype), None
