@@ -57,7 +57,7 @@ def autoencoder_config(img_size):
     model.knn_neighbours = 3
     model.depthwise_sparse = True
     model.kernel_size = 7
-    model.backend = "auto"  # auto, torch_dense, numba
+    model.backend = "auto"  # auto, torch_dense, numba, triton, torchsparse, spconv
     model.attention = "auto"  # auto, sdpa, flash_attn
     model.uno_res = 64
     model.uno_base_channels = 64

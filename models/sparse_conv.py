@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +14,30 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Backend:
-    """What an implementation can compute; the code is models/backends/<name>.py, imported when first asked for."""
+    """What an implementation can compute. The code is models/backends/<name>.py, imported when first asked for:
+
+    sparse_conv(features, weight, coords)
+    unavailable_reason(depthwise=False)     why it cannot be used on this machine and what to do; "" where it can
+    is_available()                          whether it can
+    """
 
     devices: tuple  # types of torch.device
     depthwise: bool  # weights [kh, kw, C]
     full: bool  # weights [kh, kw, C, D]
+    float64: bool = False  # it computes in float64 where features are float64; if not, torch_dense steps in
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run in Python, on CPU: for tests
 BACKENDS = {
-    "torch_dense": Backend(("cpu", "cuda", "mps", "meta"), depthwise=True, full=True),
-    "numba": Backend(("cpu",), depthwise=True, full=True),
-    "triton": Backend(("cuda",), depthwise=True, full=False),
+    "torch_dense": Backend(("cpu", "cuda", "mps", "meta"), depthwise=True, full=True, float64=True),
+    "numba": Backend(("cpu",), depthwise=True, full=True, float64=True),
+    "triton": Backend(("cuda", "cpu") if INTERPRETED else ("cuda",), depthwise=True, full=True),
     "torchsparse": Backend(("cuda",), depthwise=True, full=True),
     "spconv": Backend(("cpu", "cuda"), depthwise=False, full=True),
 }
-# The order in which "auto" asks. With full kernels a dense convolution is hard to beat unless few pixels are present.
-AUTO = {"depthwise": ("numba", "triton", "torch_dense"), "full": ("torch_dense",)}
+# The order in which "auto" asks. On CPU a dense convolution is hard to beat with full kernels unless few pixels are
+# present.
+AUTO = {"depthwise": ("numba", "triton", "torch_dense"), "full": ("triton", "torch_dense")}
 
 
 def sparse_conv(features, weight, coords, backend="auto"):
@@ -50,12 +59,14 @@ def sparse_conv(features, weight, coords, backend="auto"):
     if weight.shape[2] != features.shape[2]:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit features of {features.shape[2]} channels")
     name = resolve_backend(backend, features.device, weight.dim() == 3)
+    if features.dtype == torch.float64 and not BACKENDS[name].float64:
+        name = "torch_dense"  # rather than round
     return importlib.import_module(f"models.backends.{name}").sparse_conv(features, weight, coords)
 
 
 def available_backends():
     """Names of the backends that can be used on this machine."""
-    return [name for name in BACKENDS if not _unavailable_reason(name)]
+    return [name for name in BACKENDS if not _unavailable_reason(name, depthwise=False)]
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not trace how it is found
@@ -98,12 +109,11 @@ def _unsuitable(name, device, depthwise):
         return f"it has no {'depthwise' if depthwise else 'full'} kernels (model.depthwise_sparse={depthwise})"
     if device is not None and device.type not in backend.devices:
         return f"the model is on {device.type}, and it runs on {' or '.join(backend.devices)}"
-    return _unavailable_reason(name)
+    return _unavailable_reason(name, depthwise)
 
 
 @functools.cache
-def _unavailable_reason(name):
+def _unavailable_reason(name, depthwise):
     if importlib.util.find_spec(f"models.backends.{name}") is None:
         return f"it is not part of this version (there is no models/backends/{name}.py)"
-    backend = importlib.import_module(f"models.backends.{name}")
-    return "" if backend.is_available() else backend.unavailable_reason()
+    return importlib.import_module(f"models.backends.{name}").unavailable_reason(depthwise)

@@ -13,11 +13,17 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from models.compiled import is_available, run, unavailable_reason
+from models import compiled
+from models.compiled import is_available, run
 from models.sparse_conv import neighbour_counts
 
 __all__ = ["is_available", "sparse_conv", "unavailable_reason"]
 Tensor = torch.Tensor
+
+
+def unavailable_reason(depthwise=False):
+    """Why the loops cannot be compiled here and what to do; "" where they can."""
+    return compiled.unavailable_reason()
 
 
 def sparse_conv(features, weight, coords):

@@ -13,7 +13,7 @@ def is_available():
     return True
 
 
-def unavailable_reason():
+def unavailable_reason(depthwise=False):
     """Always "": there is none."""
     return ""
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from data.coordinates import Coordinates
 from models.build import build_decoder, build_encoder, build_latent_model
 from models.sparse_conv import BACKENDS, available_backends
 from tests.models.tiny import draw, tiny_config, tiny_decoder, tiny_encoder, tiny_latent_config
@@ -57,12 +58,20 @@ def test_missing_backends_are_named(backend):
         build_decoder(tiny_config(backend=backend, depthwise_sparse=BACKENDS[backend].depthwise))
 
 
-def test_parameters_do_not_depend_on_the_backend():
-    dense, auto = tiny_decoder(backend="torch_dense"), tiny_decoder(backend="auto")
-    assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in auto.state_dict().items()}
-    values, t, z, coords = draw()
-    auto.load_state_dict(dense.state_dict())
-    torch.testing.assert_close(auto(values, t, z, coords), dense(values, t, z, coords), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("backend", "kind"), [
+    (name, kind) for name in available_backends() for kind in ("depthwise", "full") if getattr(BACKENDS[name], kind)
+])
+def test_a_checkpoint_gives_the_same_on_every_backend(backend, kind):
+    device = next(device for device in ("cpu", "cuda") if device in BACKENDS[backend].devices)
+    dense = tiny_decoder(backend="torch_dense", depthwise_sparse=kind == "depthwise").to(device)
+    other = build_decoder(tiny_config(backend=backend, depthwise_sparse=kind == "depthwise")).eval().to(device)
+    other.load_state_dict(dense.state_dict())
+    values, t, z, coords = draw(size=(8, 12))
+    coords = Coordinates(coords.index.to(device), coords.size)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        out, expected = (model(values.to(device), t.to(device), z.to(device), coords) for model in (other, dense))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("field", "value"), [

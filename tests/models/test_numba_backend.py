@@ -1,10 +1,13 @@
+import functools
+
 import pytest
 import torch
 
 from data.coordinates import Coordinates
 from models.backends import numba as backend
 from models.sparse_conv import neighbour_counts
-from tests.reference import sparse_conv as reference
+from tests.models import operator
+from tests.models.operator import draw, gradients
 
 pytestmark = pytest.mark.skipif(not backend.is_available(), reason=backend.unavailable_reason())
 
@@ -12,36 +15,7 @@ SIZES = [(8, 8), (7, 9), (11, 6)]
 KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (3, 7)]
 
 
-def draw(size, density, weight_shape, order, dtype=torch.float32, batch=2):
-    """(features, weight, coords) with gradients wanted. order: raster (Coordinates.full), sorted or shuffled."""
-    generator = torch.Generator().manual_seed(1)
-    pixels = size[0] * size[1]
-    coords = Coordinates.random(batch, size, max(1, int(pixels * density)), generator=generator)
-    if order == "raster":
-        coords = Coordinates.full(batch, size)
-    if order == "shuffled":
-        order = torch.rand(coords.index.shape, generator=generator).argsort(dim=1)
-        coords = Coordinates(coords.index.gather(1, order), size)
-    features = torch.randn(batch, coords.num_points, weight_shape[2], generator=generator).to(dtype)
-    weight = torch.randn(weight_shape, generator=generator)
-    return features.requires_grad_(), weight.requires_grad_(), coords
-
-
-def gradients(out, features, weight):
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
-    return grad, *torch.autograd.grad(out, (features, weight), grad)
-
-
-def check_against_loops(features, weight, coords, tolerance):
-    """Largest error of the result and of both gradients, as a share of their root mean square."""
-    out = backend.sparse_conv(features, weight, coords)
-    grad, *ours = gradients(out, features, weight)
-    arrays = [x.detach().double().numpy() for x in (features, weight)] + [coords.index.numpy(), coords.size]
-    expected = [reference.sparse_conv(*arrays), *reference.sparse_conv_gradients(*arrays, grad.double().numpy())]
-    for value, theirs in zip([out, *ours], map(torch.from_numpy, expected), strict=True):
-        assert (value.double() - theirs).abs().max() <= tolerance * theirs.square().mean().sqrt()
-
-
+check_against_loops = functools.partial(operator.check_against_loops, backend.sparse_conv)
 ORDERS = [(1, "raster"), (1, "shuffled"), (1 / 2, "sorted"), (1 / 4, "shuffled"), (1 / 8, "sorted")]
 
 

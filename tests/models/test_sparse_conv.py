@@ -137,9 +137,9 @@ def test_a_backend_that_cannot_be_used_is_refused_with_what_can(name):
         sparse_conv(features, weight, coords, name)
 
 
-def test_a_backend_without_full_kernels_is_refused():
-    with pytest.raises(UserError, match=r"model\.backend='triton'.*full"):
-        resolve_backend("triton", torch.device("cuda"), depthwise=False)
+def test_a_backend_for_another_kernel_or_device_is_refused():
+    with pytest.raises(UserError, match=r"model\.backend='spconv'.*no depthwise kernels.*torch_dense"):
+        resolve_backend("spconv", torch.device("cuda"), depthwise=True)
     with pytest.raises(UserError, match="model.backend='numba'.*cuda"):
         resolve_backend("numba", torch.device("cuda"), depthwise=True)
 
