@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -114,6 +113,4 @@ def _unsuitable(name, device, depthwise):
 
 @functools.cache
 def _unavailable_reason(name, depthwise):
-    if importlib.util.find_spec(f"models.backends.{name}") is None:
-        return f"it is not part of this version (there is no models/backends/{name}.py)"
     return importlib.import_module(f"models.backends.{name}").unavailable_reason(depthwise)
