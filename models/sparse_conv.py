@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from models.fft_conv import FFT_TAPS
 from utils.errors import UserError
 
 
@@ -60,6 +62,8 @@ def sparse_conv(features, weight, coords, backend="auto"):
     name = resolve_backend(backend, features.device, weight.dim() == 3)
     if features.dtype == torch.float64 and not BACKENDS[name].float64:
         name = "torch_dense"  # rather than round
+    if weight.dim() == 3 and math.prod(weight.shape[:2]) >= FFT_TAPS:
+        name = "torch_dense"  # which takes FFTs for it: no loop over so many neighbours is as fast
     return importlib.import_module(f"models.backends.{name}").sparse_conv(features, weight, coords)
 
 
@@ -94,11 +98,20 @@ def neighbour_counts(coords, kernel_size):
 
 
 def _neighbour_counts(coords, kh, kw):
+    if coords.is_raster:
+        rows, columns = (_inside(*axis, coords.device) for axis in zip(coords.size, (kh, kw), strict=True))
+        return torch.outer(rows, columns).flatten().repeat(coords.batch, 1)
     present = (coords.table >= 0).float().view(coords.batch, 1, *coords.size)
     for window in ((kh, 1), (1, kw)):
         padding = (window[0] // 2, window[1] // 2)
         present = F.avg_pool2d(present, window, stride=1, padding=padding, divisor_override=1)
     return coords.gather(present)[:, :, 0]
+
+
+def _inside(length, k, device):
+    """How many of the k pixels around each pixel of an axis lie in the image, float32 [length]."""
+    pixel = torch.arange(length, device=device)
+    return ((pixel + k // 2).clamp(max=length - 1) - (pixel - k // 2).clamp(min=0) + 1).float()
 
 
 def _unsuitable(name, device, depthwise):

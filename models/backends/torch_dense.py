@@ -5,6 +5,8 @@ Its cost does not depend on how many pixels are present. Gradients come from aut
 
 import torch.nn.functional as F
 
+from models import fft_conv
+from models.fft_conv import FFT_TAPS
 from models.sparse_conv import neighbour_counts
 
 
@@ -25,13 +27,13 @@ def sparse_conv(features, weight, coords):
     """
     kh, kw, channels = weight.shape[:3]
     depthwise = weight.dim() == 3
-    kernel = weight[:, :, None] if depthwise else weight  # [kh, kw, in, out]
-    image = F.conv2d(
-        coords.scatter(features),
-        kernel.permute(3, 2, 0, 1).to(features.dtype),
-        padding=(kh // 2, kw // 2),
-        groups=channels if depthwise else 1,
-    )
+    image = coords.scatter(features)
+    if depthwise and kh * kw >= FFT_TAPS:
+        image = fft_conv.depthwise(image, weight).to(features.dtype)
+    else:
+        kernel = weight[:, :, None] if depthwise else weight  # [kh, kw, in, out]
+        kernel, groups = kernel.permute(3, 2, 0, 1).to(features.dtype), channels if depthwise else 1
+        image = F.conv2d(image, kernel, padding=(kh // 2, kw // 2), groups=groups)
     factor = kh * kw / neighbour_counts(coords, (kh, kw))
     out = coords.gather(image)
     return (out * factor[:, :, None]).to(out.dtype)

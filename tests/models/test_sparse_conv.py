@@ -85,6 +85,23 @@ def test_on_every_pixel_it_is_a_convolution_corrected_at_the_border(backend, kin
     torch.testing.assert_close(out, expected * 25 / inside, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("size, taps", [((40, 50), (33, 33)), ((13, 60), (13, 91)), ((70, 9), (121, 9))])
+@pytest.mark.parametrize("density", [1, 0.5])
+def test_large_kernels_go_through_fourier_space(size, taps, density, dtype, tolerance):
+    features, weight, coords = draw(size, density, taps, "depthwise")
+    features, weight = features.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    out = sparse_conv(features, weight, coords)
+    padding, kernel = [k // 2 for k in taps], weight.double().permute(2, 0, 1)[:, None]
+    image = F.conv2d(coords.scatter(features.double()), kernel, padding=padding, groups=len(kernel))
+    expected = coords.gather(image) * (taps[0] * taps[1] / neighbour_counts(coords, taps).double())[:, :, None]
+    assert out.dtype == dtype and close(out, expected.detach().numpy(), tolerance)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    actual = torch.autograd.grad(out, (features, weight), grad.to(dtype))
+    for one, other in zip(actual, torch.autograd.grad(expected, (features, weight), grad), strict=True):
+        assert close(one, other.double().numpy(), 2 * tolerance)
+
+
 @pytest.mark.parametrize(("backend", "kind"), USABLE)
 def test_order_of_the_points_and_the_rest_of_the_batch_do_not_matter(backend, kind):
     features, weight, coords = draw((9, 7), 0.5, (3, 3), kind)
