@@ -86,6 +86,11 @@ class Coordinates:
         return self.index.device
 
     @property
+    def image_size(self):
+        """(H, W) of the image that positions are places in: `size`, but for a data.window.Window a larger one."""
+        return self.size
+
+    @property
     def is_full(self):
         """Every pixel of the image is present (in any order)."""
         return self.num_points == self.size[0] * self.size[1]

@@ -3,46 +3,59 @@
 Models are taken as they are: put them in eval mode first (models.load and utils.ema.EMA do).
 """
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 
 from data.coordinates import Coordinates
 from diffusion.samplers import sample
+from models.tiles import decoder_in_parts, encoder_in_parts
 from utils import rng
 
 
 @torch.no_grad()
-def encode(encoder, images, known=None):
+def encode(encoder, images, known=None, max_points=None):
     """Latents [B, Z] of images [B, C, H, W], the mean where the encoding is stochastic.
 
-    known   bool [B, 1, H, W], the pixels the encoder may see, in each image as many as there are; None: all
+    known        bool [B, 1, H, W], the pixels the encoder may see, in each image as many as there are; None: all
+    max_points   pixels of all images together that the network takes at a time, where it sees all; None: no limit
     """
     if known is None:
-        return _encode_at(encoder, images, Coordinates.full(len(images), images.shape[-2:], images.device))
+        return torch.cat([
+            _encode_at(encoder, part, Coordinates.full(len(part), part.shape[-2:], part.device), max_points)
+            for part in images.split(_at_once(len(images), images.shape[-2:], max_points))])
     return torch.cat([_encode_at(encoder, image[None], Coordinates(mask.flatten().nonzero().T, images.shape[-2:]))
                       for image, mask in zip(images, known, strict=True)])
 
 
 @torch.no_grad()
 def decode(
-    decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None, path=None
+    decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None, path=None,
+    max_points=None
 ):
     """Images float32 [B, C, H, W] in [−1, 1] for latents z [B, Z], at any size (H, W).
 
     The chain starts at Tξ and stays in T-space; its last state T x_0 is sharpened once, by the Wiener filter.
-    generators   one torch.Generator per image; the image is a function of it and of z
-    progress     called with 1 after every step
+    generators   one torch.Generator per image; the image is a function of it and of z, at every size the same one
+    progress     called after every step with the share of the images that it was for
     path         (denoise, Tξ) -> the path of states, in place of that of `sampler`: guidance, or another start
+    max_points   pixels of all images together that the network takes at a time; None: no limit
     """
-    coords = Coordinates.full(len(z), size, z.device)
-    denoise = diffusion.denoiser(lambda values, t: decoder(values, t, z, coords), coords)
-    start = torch.empty(len(z), channels, *size, device=z.device)
-    x = diffusion.mollifier.noise_like(start, generators)
-    states = sample(sampler, denoise, x, diffusion, generators, eta) if path is None else path(denoise, x)
-    for _, state in states:
-        if progress:
-            progress(1)
-    return diffusion.mollifier.sharpen(state).clamp(-1, 1)
+    images, at_once = [], len(z) if path else _at_once(len(z), size, max_points)
+    for first in range(0, len(z), at_once):
+        latents = z[first : first + at_once]
+        streams = generators and generators[first : first + at_once]
+        coords = Coordinates.full(len(latents), size, z.device)
+        denoise = diffusion.denoiser(functools.partial(_decoder, decoder, latents, coords, max_points), coords)
+        start = torch.empty(len(latents), channels, *size, device=z.device)
+        x = diffusion.mollifier.noise_like(start, streams)
+        for _, state in path(denoise, x) if path else sample(sampler, denoise, x, diffusion, streams, eta):
+            if progress:
+                progress(len(latents) / len(z))
+        images.append(diffusion.mollifier.sharpen(state).clamp(-1, 1))
+    return torch.cat(images)
 
 
 @torch.no_grad()
@@ -56,8 +69,17 @@ def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim
     return state * std + mean
 
 
-def _encode_at(encoder, images, coords):
-    z = encoder(coords.gather(images), coords)
+def _at_once(count, size, max_points):
+    """How many of `count` images of a size max_points allows at a time; at least one."""
+    return count if max_points is None else max(max_points // math.prod(size), 1)
+
+
+def _decoder(decoder, z, coords, max_points, values, t):
+    return decoder_in_parts(decoder, values, t, z, coords, max_points)
+
+
+def _encode_at(encoder, images, coords, max_points=None):
+    z = encoder_in_parts(encoder, coords.gather(images), coords, max_points)
     return (z[1] if isinstance(z, tuple) else z).float()
 
 

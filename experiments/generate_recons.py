@@ -19,7 +19,9 @@ from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode, reconstruction_scores
 from diffusion.samplers import SAMPLERS
+from experiments.sampling import MAX_POINTS as DEFAULT_MAX_POINTS
 from models.load import autoencoder_path, load_autoencoder
+from models.tiles import check_max_points
 from utils import cli, config, distributed, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
@@ -33,6 +35,8 @@ SAMPLER = flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are sampled
 STEPS = flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many images; default: data.fid_samples, or all there are",
                                    lower_bound=1)
+MAX_POINTS = flags.DEFINE_integer("max_points", DEFAULT_MAX_POINTS, "pixels, of all images together, that the network "
+                                  "takes at a time; fewer need less memory", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
 
 
@@ -44,6 +48,7 @@ def main():
     dtype = resolve_dtype(cfg.train, device)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")
     modules = load_autoencoder(cfg, device)
+    check_max_points(modules["decoder"], size, MAX_POINTS.value)
 
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{height}x{width}")
     total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))
@@ -56,10 +61,10 @@ def main():
     for indices, progress in folder.missing_batches(cfg.train.sample_size, evaluations=STEPS.value):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), device))
         with autocast(device, dtype):
-            z = encode(modules["encoder"], images)
+            z = encode(modules["encoder"], images, max_points=MAX_POINTS.value)
             generators = rng.sample_generators(device, indices, cfg.run.seed, "reconstruction")
             result = decode(modules["decoder"], diffusion, z, size, SAMPLER.value, generators, cfg.data.channels,
-                            progress=progress)
+                            progress=progress, max_points=MAX_POINTS.value)
         originals.save(indices, images)
         folder.save(indices, result)
 

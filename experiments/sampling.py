@@ -8,11 +8,14 @@ from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, sample_latents
 from diffusion.samplers import SAMPLERS
 from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
+from models.tiles import check_max_points
 from utils import config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
 from utils.folder import ImageFolder
+
+MAX_POINTS = 2**20  # default of --max_points: 3 GB with 64 features in float32, and an image of 1024² at once
 
 
 class SamplingFlags(NamedTuple):
@@ -24,6 +27,7 @@ class SamplingFlags(NamedTuple):
     eta: flags.FlagHolder
     latent_sampler: flags.FlagHolder
     latent_steps: flags.FlagHolder
+    max_points: flags.FlagHolder
 
     def given(self):
         """Names of those that stand on the command line."""
@@ -40,7 +44,9 @@ def define_sampling_flags():
         flags.DEFINE_float("eta", 0.0, "noise of ddim: 0 none, 1 as much as ddpm", lower_bound=0.0, upper_bound=1.0),
         flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "how latents are sampled"),
         flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all",
-                             lower_bound=1))
+                             lower_bound=1),
+        flags.DEFINE_integer("max_points", MAX_POINTS, "pixels, of all images together, that the network takes at a "
+                             "time; fewer need less memory", lower_bound=1))
 
 
 def make_samples(cfg, decoder_cfg, options, total, output=None):
@@ -63,6 +69,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None):
     dtype, latent_dtype = resolve_dtype(decoder_cfg.train, device), resolve_dtype(cfg.train, device)
     autoencoder = load_autoencoder(decoder_cfg, device)
     latent_model, mean, std = load_latent_model(cfg, device, autoencoder["encoder"])
+    check_max_points(autoencoder["decoder"], size, options.max_points.value)
 
     folder = ImageFolder(
         output or f"samples/{cfg.run.experiment}_{height}x{width}",
@@ -79,6 +86,6 @@ def make_samples(cfg, decoder_cfg, options, total, output=None):
         with autocast(device, dtype):
             images = decode(autoencoder["decoder"], diffusion, z, size, sampler,
                             rng.sample_generators(device, indices, cfg.run.seed, "image"),
-                            decoder_cfg.data.channels, eta, progress)
+                            decoder_cfg.data.channels, eta, progress, max_points=options.max_points.value)
         folder.save(indices, images)
     return folder

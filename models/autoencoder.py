@@ -98,8 +98,12 @@ class SparseEncoder(nn.Module):
         generator   one torch.Generator, or a list of one per sample, for the draw of z (utils.rng)
         """
         grid, _ = self.points_to_grid(values, coords)
+        return self.from_grid(grid, values.dtype, generator)
+
+    def from_grid(self, grid, dtype, generator=None):
+        """What forward makes of the grid [B, base, G, G] of PointsToGrid, of the given dtype."""
         x, _ = self.grid_down(grid)
-        out = self.linear_out(self.linear_grid(x).mean(dim=(1, 2))).to(values.dtype)
+        out = self.linear_out(self.linear_grid(x).mean(dim=(1, 2))).to(dtype)
         if not self.stochastic:
             return out
         mu, logvar = out.chunk(2, dim=1)

@@ -25,8 +25,7 @@ def knn_to_grid(features, coords, grid_size, k=3):
     """
     if k > coords.num_points:
         raise ValueError(f"k={k} nearest points were asked for, but there are only {coords.num_points} points")
-    mixture = coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_mixture(coords, grid_size, k))
-    return mixture(features).unflatten(1, (grid_size, grid_size)).permute(0, 3, 1, 2)
+    return knn_mixture(coords, grid_size, k)(features).unflatten(1, (grid_size, grid_size)).permute(0, 3, 1, 2)
 
 
 def grid_to_points(grid, coords):
@@ -37,6 +36,11 @@ def grid_to_points(grid, coords):
     size = grid.shape[-1]
     mixture = coords.cached(("grid_to_points", size), lambda: _bilinear_mixture(coords, size))
     return mixture(grid.flatten(2).transpose(1, 2))
+
+
+def knn_mixture(coords, grid_size, k):
+    """The points that each node of knn_to_grid is a mean of, and their weights, as a Mixture."""
+    return coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_mixture(coords, grid_size, k))
 
 
 def _knn_mixture(coords, grid_size, k):

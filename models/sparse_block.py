@@ -37,7 +37,7 @@ class SparseBlock(nn.Module):
 
     def forward(self, x, coords, modulation=None):
         """x [B, L, nf] at coords, modulation from models.conditioning.Conditioning -> [B, L, nf]."""
-        kernel = resize_kernel(self.kernel, coords.size, self.train_size)
+        kernel = resize_kernel(self.kernel, coords.image_size, self.train_size)
         x = x + sparse_conv(self.film_conv(self.norm_conv(x), modulation), kernel, coords, self.backend)
         return x + self.mlp(self.film_mlp(self.norm_mlp(x), modulation))
 

@@ -49,8 +49,8 @@ def run(main, shared=False):
             _fail(f"a config file could not be loaded: {error}")
         _fail(str(error), code=1)
     except torch.OutOfMemoryError as error:
-        _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or train.sample_size when "
-              "sampling", code=1)
+        _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or --max_points and "
+              "train.sample_size when sampling", code=1)
     except FloatingPointError as error:
         _fail(str(error), code=1)
     except Stopped as stopped:

@@ -147,6 +147,17 @@ def test_samples_at_any_size(trained, tmp_path, size, shape):
     assert images["00000.png"].shape == shape
 
 
+def test_less_memory_gives_the_same_images(trained, tmp_path):
+    """One image after another at 400 points, in parts at 250."""
+    for size in ("16", "20x24"):
+        images = sample(trained[2], tmp_path / size, "--num_samples=3", f"--sample_img_size={size}", "--eta=0.5")
+        for points in (480, 250):
+            less = sample(trained[2], tmp_path / f"{size} {points}", "--num_samples=3", f"--sample_img_size={size}",
+                          "--eta=0.5", f"--max_points={points}", "--config.train.sample_size=3")
+            for name, image in images.items():
+                assert (image.int() - less[name].int()).abs().max() <= 1
+
+
 def test_samplers_and_eta(trained, tmp_path):
     plain = sample(trained[2], tmp_path / "ddim", "--num_samples=1")
     for name, *flags in (("ddpm", "--sampler=ddpm"), ("eta", "--eta=1"),
@@ -223,6 +234,7 @@ def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path
     (["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of --sampler=ddim only"),
     (["--decoder_config.data.img_size=32", "--decoder_config.mc_integral.q_sample=64"], "data.img_size=16"),
     (["--config.run.experiment=tiny"], "is also that of the autoencoder"),
+    (["--max_points=0"], "max_points"), (["--max_points=40", "--sample_img_size=64"], "--max_points=40 is too few"),
     (["--sampler=euler"], "sampler"), (["--num_samples=0"], "num_samples"), (["--eta=-1"], "eta"),
     (["--config.model.z_dim=7"], "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
     (["--decoder_config.model.nf=16"], "model.nf=8, the config has 16"),
@@ -248,8 +260,13 @@ def test_a_broken_checkpoint_is_one_line(trained, tmp_path):
 
 
 def test_reconstructions_and_how_close_they_are(trained, tmp_path):
-    result = run_script(RECONS, *trained[1], "--num_samples=5", "--sampling_steps=3", "--output", tmp_path / "r")
+    command = RECONS, *trained[1], "--num_samples=5", "--sampling_steps=3"
+    result = run_script(*command, "--output", tmp_path / "r")
     assert result.code == 0 and "mollified PSNR" in result.out
+    assert run_script(*command, "--output", tmp_path / "p", "--max_points=200").code == 0  # encoded in parts as well
+    whole, parts = (read_image(tmp_path / name / "reconstructions" / "00002.png").int() for name in ("r", "p"))
+    assert (whole - parts).abs().max() <= 1
+    assert "--max_points=8 is" in only_line(run_script(*command, "--output", tmp_path / "q", "--max_points=8"))
     assert len(list((tmp_path / "r" / "originals").glob("*.png"))) == 4  # all that are held out
     assert Image.open(tmp_path / "r" / "reconstructions" / "00003.png").size == (16, 16)
     assert json.loads((tmp_path / "r" / "scores.json").read_text())["count"] == 4
