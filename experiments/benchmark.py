@@ -1,6 +1,6 @@
 """Measure the operator, the search of neighbours, the training step and sampling on this machine.
 
-    python experiments/benchmark.py --config configs/benchmark_64_config.py --against reference --output benchmark.json
+    python experiments/benchmark.py --config configs/benchmark_64.py --against reference --output benchmark.json
 
 Prints a Markdown table for each suite; --output also writes the numbers as JSON. Weights and images are random.
 """

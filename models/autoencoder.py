@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models import recompute
 from models.conditioning import Conditioning, FiLM, TimeEmbedding
 from models.interpolation import grid_to_points, knn_to_grid
 from utils.rng import randn
@@ -30,7 +31,7 @@ class PointsToGrid(nn.Module):
         x = self.linear_in(values)
         skips = []
         for block in self.blocks:
-            x = block(x, coords, modulation)
+            x = recompute.run(block, x, coords, modulation)
             skips.append(x)
         return knn_to_grid(self.linear_out(x), coords, self.resolution, self.neighbours), skips
 
@@ -71,7 +72,7 @@ class SparseUNet(nn.Module):
         grid, skips = self.points_to_grid(values, coords, modulation)
         x = self.linear_back(grid_to_points(self.grid_unet(grid, modulation), coords))
         for merge, block in zip(self.merges, self.blocks, strict=True):
-            x = block(merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation)
+            x = recompute.run(block, merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation)
         return self.linear_out(x).to(values.dtype)
 
 

@@ -4,8 +4,9 @@ from functools import partial
 
 from models.attention import check_attention
 from models.autoencoder import PointsToGrid, SparseEncoder, SparseUNet
-from models.grid_unet import GridDown, GridSpec, GridUNet
+from models.grid_unet import GridDown, GridSpec, GridUNet, Stage
 from models.latent_mlp import MLPSkipNet
+from models.recompute import recompute_activations
 from models.sparse_block import SparseBlock
 from models.sparse_conv import resolve_backend
 from utils.errors import UserError
@@ -26,6 +27,7 @@ def build_decoder(config):
         time_emb_dim=model.time_emb_dim,
         z_dim=model.z_dim,
     )
+    _recompute_if_asked(config, decoder)
     _compile_if_asked(config, decoder.grid_unet)
     return decoder
 
@@ -41,6 +43,7 @@ def build_encoder(config):
         model.z_dim,
         model.stochastic_encoding,
     )
+    _recompute_if_asked(config, encoder)
     _compile_if_asked(config, encoder.grid_down)
     return encoder
 
@@ -53,6 +56,12 @@ def build_latent_model(config):
     network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
     _compile_if_asked(config, network)
     return network
+
+
+def _recompute_if_asked(config, network):
+    """train.checkpoint_activations: of sparse blocks and stages of the grid, which hold nearly all of the memory."""
+    if config.train.checkpoint_activations:
+        recompute_activations(network, (SparseBlock, Stage))
 
 
 def _compile_if_asked(config, network):

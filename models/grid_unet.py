@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import recompute
 from models.attention import Attention
 from models.conditioning import FiLM
 from models.spectral import SpectralConv
@@ -54,13 +55,13 @@ class GridDown(nn.Module):
         for level, (resolution, blocks) in enumerate(zip(resolutions, spec.blocks_per_level, strict=True)):
             width, below = widths[level : level + 2]
             self.stages.append(nn.ModuleList(
-                _Stage(spec, width, width, resolution) for _ in range(blocks)
+                Stage(spec, width, width, resolution) for _ in range(blocks)
             ))
             self.downs.append(_Conv(width, below, 3, stride=1 if level + 1 == len(resolutions) else 2, padding=1))
         width, resolution = widths[-1], resolutions[-1]
         self.middle = nn.ModuleList([
-            _Stage(spec, width, width, resolution, attention=True),
-            _Stage(spec, width, width, resolution, attention=False),
+            Stage(spec, width, width, resolution, attention=True),
+            Stage(spec, width, width, resolution, attention=False),
         ])
 
     def forward(self, grid, modulation=None):
@@ -69,11 +70,11 @@ class GridDown(nn.Module):
         skips = []
         for stages, down in zip(self.stages, self.downs, strict=True):
             for stage in stages:
-                x = stage(x, modulation)
+                x = recompute.run(stage, x, modulation)
                 skips.append(x)
             x = down(x)
         for stage in self.middle:
-            x = stage(x, modulation)
+            x = recompute.run(stage, x, modulation)
         return x, skips
 
 
@@ -89,7 +90,7 @@ class GridUNet(nn.Module):
         for level in reversed(range(len(spec.mults))):
             width, below = widths[level : level + 2]
             self.stages.append(nn.ModuleList(
-                _Stage(spec, below + width, below, spec.resolutions[level])
+                Stage(spec, below + width, below, spec.resolutions[level])
                 for _ in range(spec.blocks_per_level[level])
             ))
             up = _ConvTranspose(below, width, 4, stride=2, padding=1) if level else _Conv(below, width, 3, padding=1)
@@ -101,12 +102,12 @@ class GridUNet(nn.Module):
         x, skips = self.down(grid, modulation)
         for stages, up in zip(self.stages, self.ups, strict=True):
             for stage in stages:
-                x = stage(torch.cat([x, skips.pop()], dim=-1), modulation)
+                x = recompute.run(stage, torch.cat([x, skips.pop()], dim=-1), modulation)
             x = up(x)
         return self.head(x).permute(0, 3, 1, 2)
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """Residual block, followed by attention where the spec (or the argument) asks for it."""
 
     def __init__(self, spec, width_in, width_out, resolution, attention=None):

@@ -196,3 +196,25 @@ def test_fewer_points_than_neighbours_are_refused():
 def test_the_training_resolution_is_that_of_the_config():
     config = tiny_config()
     assert {block.train_size for block in tiny_decoder().blocks} == {config.data.img_size} == {SIZE}
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_recomputed_activations_change_nothing_but_memory(depthwise):
+    options = {"uno_dropout": 0.3, "depthwise_sparse": depthwise}
+    values, t, z, coords = draw()
+    kept, gradients = [], []
+    for checkpoint_activations in (False, True):
+        config = tiny_config(**options)
+        config.train.checkpoint_activations = checkpoint_activations
+        torch.manual_seed(0)
+        decoder, encoder = awake(build_decoder(config)).train(), awake(build_encoder(config)).train()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):
+            torch.manual_seed(1)  # of the dropout
+            loss = decoder(values, t, encoder(values, coords), coords).square().mean()
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([p.grad for model in (decoder, encoder) for p in model.parameters()])
+    assert kept[1] < 0.6 * kept[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)

@@ -1,0 +1,32 @@
+import json
+
+from experiments import benchmark_suites
+from tests.scripts import only_line, run_script
+from tests.tiny import tiny_config, write_config_file
+
+SCRIPT = "experiments/benchmark.py"
+
+
+def test_every_suite_gives_a_table_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_suites, "OPERATOR", {"batch": 1, "size": (16, 16), "channels": 4, "kernel": 3})
+    monkeypatch.setattr(benchmark_suites, "KNN", [((16, 16), 8)])
+    for name in ("copy_bandwidth", "matmul_peak"):
+        monkeypatch.setattr(benchmark_suites, name, lambda *_: 1e9)
+    config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
+    output = tmp_path / "new" / "benchmark.json"
+    result = run_script(SCRIPT, "--config", config, "--against", "reference", "--repeats", 1, "--sampling_steps", 2,
+                        "--output", output)
+    assert result.code == 0, result.err
+    suites = json.loads(output.read_text())["suites"]
+    assert list(suites) == ["operator", "knn", "training", "parts", "sampling"]
+    assert {row["density"] for row in suites["operator"]} == {1, 1 / 2, 1 / 4, 1 / 8, 1 / 16}
+    assert {row["path"] for row in suites["training"]} == {row["path"] for row in suites["sampling"]}
+    for row in suites["training"]:
+        assert row["ms"] > 0 and row["peak MB"] > 0 and row["dense GFLOP"] > 0
+    assert result.out.count("| --- |") == 5
+
+
+def test_an_unknown_suite_is_refused(tmp_path):
+    config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
+    assert "--suites=all is unknown; choose from operator" in only_line(
+        run_script(SCRIPT, "--config", config, "--suites", "all"))
