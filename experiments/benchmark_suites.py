@@ -96,7 +96,7 @@ class Step:
         generators = rng.sample_generators(device, range(batch), "benchmark", self.step)
         coords = [Coordinates.random(batch, (side, side), cfg.mc_integral.q_sample, cfg.mc_integral.type, generators,
                                      device) for _ in range(2)]
-        t = torch.randint(self.diffusion.num_steps, (batch,), device=device)
+        t = (rng.rand((batch,), generators, device) * self.diffusion.num_steps).long()
         return rng.rand(shape, generators, device) * 2 - 1, rng.randn(shape, generators, device), t, *coords
 
     def loss(self, images, noise, t, seen, coords):
@@ -125,10 +125,12 @@ class Step:
 
     def __call__(self):
         self.step += 1
-        self.loss(*self.draw()).backward()
+        loss = self.loss(*self.draw())
+        loss.backward()
         self.update()
         if self.step % self.cfg.train.ema_update_every == 0:
             self.average_weights()
+        return loss.item()
 
 
 def training(cfg, device, repeats, against):

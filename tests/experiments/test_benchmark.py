@@ -1,5 +1,8 @@
 import json
 
+import pytest
+import torch
+
 from experiments import benchmark_suites
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file
@@ -23,10 +26,23 @@ def test_every_suite_gives_a_table_and_numbers(tmp_path, monkeypatch):
     assert {row["path"] for row in suites["training"]} == {row["path"] for row in suites["sampling"]}
     for row in suites["training"]:
         assert row["ms"] > 0 and row["peak MB"] > 0 and row["dense GFLOP"] > 0
-    assert result.out.count("| --- |") == 5
+    assert result.out.count("\n| --- |") == 5
 
 
 def test_an_unknown_suite_is_refused(tmp_path):
     config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
     assert "--suites=all is unknown; choose from operator" in only_line(
         run_script(SCRIPT, "--config", config, "--suites", "all"))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
+def test_the_losses_of_twenty_steps_follow_those_of_the_reference(tmp_path, precision, tolerance):
+    config = tiny_config(tmp_path)
+    config.model.backend, config.model.uno_dropout, config.train.precision = "auto", 0.0, precision
+    fast, slow = (benchmark_suites.Step(config, torch.device("cpu"), reference) for reference in (False, True))
+    losses = [(fast(), slow()) for _ in range(20)]
+    assert losses[-1][0] != losses[0][0]
+    for ours, theirs in losses:
+        assert ours == pytest.approx(theirs, rel=tolerance)
+    for ours, theirs in zip(fast.average, slow.average, strict=True):
+        assert (ours - theirs).abs().max() < 3e-4  # Adam's first steps are of one size whatever the gradient
