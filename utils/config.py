@@ -45,9 +45,9 @@ ONE_OF = {
 }
 
 
-def define_config_flag(name, what):
-    """--<name>=configs/<file>.py, with --<name>.<section>.<field>=value for every field."""
-    return config_flags.DEFINE_config_file(name, None, what)
+def define_config_flag(name, what, default=None):
+    """--<name>=configs/<file>.py, with --<name>.<section>.<field>=value for every field; default: path of a file."""
+    return config_flags.DEFINE_config_file(name, default, what)
 
 
 def read_autoencoder_config(flag):
