@@ -112,6 +112,7 @@ def main():
         plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
     ).train()
+    cli.point_to_report()
 
 
 def build_modules(cfg):

@@ -111,6 +111,7 @@ def main():
                            decoder_cfg.data.num_workers)
     trainer.facts.update(mean=latents.mean, std=latents.std, encoder=digest(encoder.state_dict()))
     trainer.train()
+    cli.point_to_report()
 
 
 if __name__ == "__main__":

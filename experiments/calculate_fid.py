@@ -97,15 +97,13 @@ def check_flags():
 
 def read_configs():
     """(latent config or None, autoencoder config), from whichever of the flags were given."""
-    stage_1 = next((flag for flag in (DECODER_CONFIG, CONFIG) if flag.value and "mc_integral" in flag.value), None)
-    latent = CONFIG.value is not None and "mc_integral" not in CONFIG.value
-    if not SAMPLES.value and (stage_1 is None or not latent):
+    latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
+    if not SAMPLES.value and (latent is None or autoencoder is None):
         raise UserError("--samples is missing; give a folder, or --config and --decoder_config to make the samples")
-    if stage_1 is None and not REAL.value:
+    if autoencoder is None and not REAL.value:
         raise UserError("the real images are missing; give --real FOLDER, or a stage-1 config such as "
-                        f"--{'decoder_config' if latent else 'config'} configs/ffhq_256_config.py")
-    return (config.read_latent_config(CONFIG) if latent else None,
-            autoencoder_config(64) if stage_1 is None else config.read_autoencoder_config(stage_1))
+                        f"--{'config' if latent is None else 'decoder_config'} configs/ffhq_256_config.py")
+    return latent, autoencoder or autoencoder_config(64)
 
 
 def real_images(data, sample_size):
@@ -138,11 +136,10 @@ def check_images(num_samples, sample_size, real, crop_size):
 
 def report(found):
     """Scores and protocol on stdout, and the JSON file where --output asks for it."""
-    found["unlike_the_paper"] = differences = protocol.departures(found)
+    found["unlike_the_paper"] = protocol.departures(found)
     print("{score} {value:.2f} ({num_samples} samples, {num_real_images} real images) · KID {kid:.4f} ± "
           "{kid_standard_error:.4f} · precision {precision:.3f} · recall {recall:.3f}".format(**found))
-    print(f"protocol: {protocol.describe(found)};",
-          f"not the paper's, with {', '.join(differences)}" if differences else "the paper's")
+    print(f"protocol: {protocol.describe(found)}")
     if OUTPUT.value is not None:
         with replacing(OUTPUT.value) as temporary:
             temporary.write_text(json.dumps(found, indent=2) + "\n")

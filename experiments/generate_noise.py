@@ -28,7 +28,9 @@ def main():
     mollifier = build_diffusion(cfg).mollifier
     dataset = build_dataset(cfg, train=False)
     images = torch.cat([batch for batch, _ in all_batches(dataset, 64)])
-    folder = ImageFolder(OUTPUT.value, len(images), {"seed": cfg.run.seed, "data": dataset.fingerprint()})
+    folder = ImageFolder(OUTPUT.value, len(images), {
+        "what": "mollified noise with the mean and variance of held-out images", "seed": cfg.run.seed,
+        "data": dataset.fingerprint()})
     generators = rng.sample_generators("cpu", range(len(images)), cfg.run.seed, "noise images")
     noise = match_moments(mollifier.noise_like(images, generators), images)
     for indices, progress in folder.missing_batches(64):

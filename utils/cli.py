@@ -6,6 +6,7 @@ Of several processes the first that fails prints its line and torchrun stops the
 """
 
 import logging
+import shlex
 import sys
 
 import torch
@@ -64,6 +65,12 @@ def run(main, shared=False):
         if reason is None:
             raise
         _fail(reason, code=1)
+
+
+def point_to_report():
+    """The last line of a training script: the command, with the same flags, that makes a page about its run."""
+    if distributed.is_main():
+        print(f"for a page about this run: {shlex.join(['python', 'experiments/report.py', *sys.argv[1:]])}")
 
 
 def _raised_in(error):

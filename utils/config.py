@@ -76,6 +76,15 @@ def read_latent_config(flag):
     return config
 
 
+def read_stages(flag, decoder_flag):
+    """(checked latent config or None, checked stage-1 config or None) of a script that takes either kind as `flag`, and
+    the stage-1 config that belongs to a latent one as `decoder_flag`."""
+    if flag.value is not None and "mc_integral" in flag.value and decoder_flag.value is None:
+        return None, read_autoencoder_config(flag)
+    return (None if flag.value is None else read_latent_config(flag),
+            None if decoder_flag.value is None else read_autoencoder_config(decoder_flag))
+
+
 def check_same_latent(config, decoder_config):
     """UserError unless the latent model and the autoencoder agree on the length of z and live in different folders."""
     if config.model.z_dim != decoder_config.model.z_dim:
@@ -108,6 +117,17 @@ def write_config(config, path):
     """The config as indented JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def changed_fields(values, defaults):
+    """[(field, default, value)] of what differs between a config, as nested dicts (config.json), and a default one."""
+    changed = []
+    for name, default in _leaves(defaults):
+        section, field = name.split(".")
+        value = values.get(section, {}).get(field, default)
+        if list(value) != list(default) if isinstance(default, tuple) else value != default:
+            changed.append((name, default, value))
+    return changed
 
 
 def parse_image_size(text, default, flag="sample_img_size"):

@@ -1,7 +1,6 @@
-"""Both stages, sampling, reconstructions, scoring and the report, end to end on a tiny model, as a user runs them."""
+"""Both stages, sampling, reconstructions and scoring, end to end on a tiny model, as a user runs them."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -21,19 +20,6 @@ from utils.weights_file import load_weights_file
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
 EXPORT = "experiments/export_weights.py"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(folder, arguments of the autoencoder config, arguments of both configs) of a trained pair of models."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_folder(folder / "data", 80)  # of which 4 are held out
-    ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
-    latent = write_config_file(tiny_latent_config(folder / "checkpoints"), folder / "latent.py")
-    single, both = ["--config", ae], ["--config", latent, "--decoder_config", ae]
-    assert run_script(STAGE_1, *single).code == 0
-    assert run_script(STAGE_2, *both).code == 0
-    return folder, single, both
 
 
 def test_a_run_folder_holds_what_it_should(trained):
@@ -292,29 +278,6 @@ def test_a_trained_pair_is_scored_by_the_images_that_generate_samples_makes(trai
     for flags, named in ((["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of"), (["--num_samples=3"], "3 samples are too"),
                          (["--sample_img_size=8"], "--sample_img_size=8 must be")):
         assert named in only_line(run_script(*command, *flags))
-
-
-def test_the_report_is_one_file_with_every_picture_and_figure(trained, tmp_path):
-    _, single, both = trained
-    run_script(RECONS, *single, "--sampling_steps=2", "--output", tmp_path / "recons")
-    for scale in (1, 2, 4):
-        sample(both, tmp_path / f"samples_{scale}x", "--num_samples=4", f"--sample_img_size={16 * scale}")
-    run_script("experiments/generate_noise.py", *single, "--output", tmp_path / "noise")
-    for name, images in (("samples", "samples_1x"), ("noise", "noise")):
-        scored = run_script("experiments/calculate_fid.py", *single, "--split=heldout", "--samples", tmp_path / images,
-                            "--feature_model=efficientnet_lite0", "--output", tmp_path / f"{name}_scores.json")
-        assert scored.code == 0 and "FD_efficientnet_lite0" in scored.out
-    page = tmp_path / "report.html"
-    result = run_script("experiments/report.py", *both, "--folder", tmp_path, "--output", page)
-    assert result.code == 0 and "KID of the samples" in result.out and str(page) in result.out
-    text = page.read_text()
-    assert text.count('src="data:image/png;base64,') == 7 and "$" not in re.sub(r"base64,[^\"]*", "", text)
-    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing from elsewhere
-
-
-def test_a_report_without_samples_is_one_line(trained, tmp_path):
-    result = run_script("experiments/report.py", *trained[2], "--folder", tmp_path, "--output", tmp_path / "r.html")
-    assert "has no images" in only_line(result)
 
 
 def test_perfect_reconstructions_are_their_own_nearest():

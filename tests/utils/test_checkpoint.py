@@ -40,6 +40,7 @@ def test_it_tells_where_it_was_made(tmp_path):
     save_checkpoint(tmp_path / "c.pt", {"kind": "latent"})
     made = load_checkpoint(tmp_path / "c.pt")["environment"]
     assert made["python"] == platform.python_version() and torch.__version__.startswith(made["packages"]["torch"])
+    assert f"{os.cpu_count()} cores" in made["machine"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     assert made["commit"].removesuffix("-dirty") == (head.stdout.strip() if head.returncode == 0 else "")
     assert torch.load(tmp_path / "c.pt", weights_only=True)["kind"] == "latent"  # others can read it as well

@@ -8,7 +8,7 @@ PAPER = {"num_samples": 50_000, "size": [256, 256], "real_images": ["ffhq: 66500
 def test_the_papers_protocol_departs_in_nothing():
     assert departures(PAPER) == []
     assert describe(PAPER) == ("50000 samples of 256x256 by ddim in 100 steps; ffhq: 66500 training images of 256x256; "
-                               "8 bits, not flipped; features of clip_vit_b_32")
+                               "8 bits, not flipped; features of clip_vit_b_32; the paper's")
 
 
 def test_every_departure_is_named():
@@ -22,3 +22,5 @@ def test_an_unknown_origin_is_one_departure():
     unknown = {**PAPER, "sampling": {}}
     assert departures(unknown) == ["an unknown sampler"]
     assert "made in an unknown way" in describe(unknown)
+    noise = {**PAPER, "sampling": {"what": "noise"}}
+    assert departures(noise) == ["noise"] and "50000 samples of 256x256, noise; ffhq" in describe(noise)

@@ -1,0 +1,117 @@
+"""The page about a run: what is on it, with what has been made of the run, and with nothing but the run."""
+
+import re
+import shlex
+
+import pytest
+from PIL import Image
+
+from tests.scripts import only_line, run_script
+
+REPORT, SAMPLES = "experiments/report.py", "experiments/generate_samples.py"
+
+
+def check_self_contained(text):
+    """Well-formed, nothing loaded from elsewhere, no placeholder left."""
+    outside = re.sub(r"data:[^\"]*", "", text)
+    assert not re.search(r"https?:|\bsrc=\"[^\"]|<script|<link|@import|url\(", outside)
+    assert "$" not in outside and "nan" not in outside
+    for tag in ("section", "table", "figure", "div", "tr", "td", "th", "p", "h2"):
+        assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
+
+
+def headings(text):
+    return re.findall("<h2>(.*?)</h2>", text)
+
+
+@pytest.fixture(scope="module")
+def made(trained, tmp_path_factory):
+    """A folder with all that other scripts make of the trained pair, as in `make demo`."""
+    _, single, both = trained
+    folder = tmp_path_factory.mktemp("made")
+    results = [run_script("experiments/generate_recons.py", *single, "--sampling_steps=2", "--output",
+                          folder / "recons")]
+    for scale in (4, 1):
+        results.append(run_script(SAMPLES, *both, "--num_samples=4", "--sampling_steps=3",
+                                  f"--sample_img_size={16 * scale}", "--output", folder / f"samples_{scale}x"))
+    results.append(run_script("experiments/generate_noise.py", *single, "--output", folder / "noise"))
+    for name, images in (("samples", "samples_1x"), ("noise", "noise")):
+        results.append(run_script(
+            "experiments/calculate_fid.py", *single, "--split=heldout", "--samples", folder / images,
+            "--feature_model=efficientnet_lite0", "--output", folder / f"{name}_scores.json"))
+    assert [result.code for result in results] == [0] * len(results)
+    return folder
+
+
+def make_page(page, *arguments):
+    result = run_script(REPORT, *arguments, "--output", page)
+    assert result.code == 0 and str(page) in result.out, result.err
+    text = page.read_text()
+    check_self_contained(text)
+    return text, result.out
+
+
+def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
+    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
+    assert "2 folders of samples, 1 of reconstructions, 2 scores" in out
+    assert headings(text) == ["Samples", "Reconstructions of held-out images", "Nearest training images", "Scores",
+                              "While training", "Losses", "Config, where it differs from the defaults", "Time",
+                              "Environment"]
+    assert text.index("samples of 16x16 (1×), 3 steps of ddim") < text.index("samples of 64x64 (4×), 3 steps of ddim")
+    assert "of 4 reconstructions have their own original" in text and "ANOTHER CHECKPOINT" not in text
+    assert "nearest of 76 of the 76 training images" in text
+    assert text.count("FD_efficientnet_lite0</td>") == 2 and "mollified noise with the mean and variance" in text
+    assert "<td>model.nf</td><td>64</td><td>8</td>" in text and "<td>mc_integral.q_sample</td>" not in text
+    assert "4 steps in" in text and "<td>torch</td>" in text and "<td>machine</td>" in text
+
+
+def test_the_search_for_copies_is_limited_or_left_out(trained, made, tmp_path):
+    text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--search=10")
+    assert "nearest of 10 of the 76 training images" in text
+    text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--search=0")
+    assert "Nearest training images" not in headings(text)
+
+
+def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
+    text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
+    settings = made / "samples_4x" / "settings.json"
+    content = settings.read_text()
+    settings.write_text(re.sub(r'"decoder": "[^"]*"', '"decoder": "an older file"', content))
+    other, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
+    settings.write_text(content)
+    assert text.count("ANOTHER CHECKPOINT") == 0
+    assert re.findall("<figcaption>samples of ([^ ]*) [^<]*; MADE BY ANOTHER CHECKPOINT", other) == ["64x64"]
+
+
+def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = run_script("train_inf_ae_diffusion.py", *trained[1], f"--config.run.output_dir={tmp_path / 'a run'}")
+    last = ended.out.strip().splitlines()[-1]
+    assert last.startswith("for a page about this run: python experiments/report.py --config ")
+    result = run_script(*shlex.split(last.partition("python ")[2]))
+    text = (tmp_path / "a run" / "tiny" / "report.html").read_text()
+    assert result.code == 0 and "0 folders of samples" in result.out
+    check_self_contained(text)
+    assert headings(text) == ["While training", "Losses", "Config, where it differs from the defaults", "Time",
+                              "Environment"]
+    assert "small diffusion model over its latents" not in text
+
+
+def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(SAMPLES, *trained[2], "--num_samples=2", "--sampling_steps=2").code == 0
+    assert run_script("experiments/generate_recons.py", *trained[1], "--sampling_steps=2").code == 0
+    (tmp_path / "samples" / "tiny_sampler_2_16x16").mkdir()  # of a run whose name begins as this one's does
+    Image.new("RGB", (16, 16)).save(tmp_path / "samples" / "tiny_sampler_2_16x16" / "00000.png")
+    _, out = make_page(tmp_path / "page.html", *trained[2])
+    assert "1 folders of samples, 1 of reconstructions, 0 scores" in out
+
+
+def test_mistakes_are_one_line(trained, tmp_path):
+    _, single, both = trained
+    refused = {"--config is missing|autoencoder is missing": [], "the autoencoder is missing|an autoencoder": both[:2],
+               "there is no run in .*absent": [*single, "--config.run.experiment=absent"],
+               "--folder=.*nowhere is not a folder": [*single, "--folder", tmp_path / "nowhere"],
+               "is an autoencoder config": [*single, "--decoder_config", single[1]], "search": [*single, "--search=-1"]}
+    for message, arguments in refused.items():
+        assert re.search(message, only_line(run_script(REPORT, *arguments))), message

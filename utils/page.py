@@ -1,0 +1,59 @@
+"""Pieces of a self-contained HTML page: pictures are in it, tables scroll where the screen is narrow."""
+
+import base64
+import html
+import io
+
+from utils.images import tile, to_pil
+
+PIXELS = 2**18  # of a sheet, about: of larger images fewer are shown
+
+
+def embed(content, kind, alt, attributes=""):
+    """An <img> that holds the bytes of a picture; kind is png or svg+xml."""
+    data = base64.b64encode(content).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" {attributes}>'
+
+
+def sheet(images, caption, columns=None, scale=None):
+    """A <figure> of the first uint8 images [N, C, H, W], as many as there is room for, every pixel `scale` wide.
+
+    scale    default: 2 for images up to 128 pixels wide, and 1
+    """
+    height, width = images.shape[-2:]
+    images = images[:max(4, min(64, PIXELS // (height * width)))]
+    scale = scale or (2 if width <= 128 else 1)
+    picture = to_pil(tile(images, columns or max(1, round(len(images) ** 0.5))))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    size = f'width="{picture.width * scale}" height="{picture.height * scale}"'
+    return figure(embed(buffer.getvalue(), "png", caption, size), caption)
+
+
+def figure(content, caption):
+    """Anything with a line below it."""
+    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def row(*figures):
+    """Side by side where there is room."""
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
+def paragraph(text, note=False):
+    """Text, or a note in grey."""
+    return f'<p{" class=note" if note else ""}>{html.escape(text)}</p>'
+
+
+def table(rows, wrap=False):
+    """Rows of cells as a table; the first row is the heading. wrap: lines of long cells may break."""
+    lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+             for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table{" class=wrap" if wrap else ""}>{body}</table></div>'
+
+
+def section(title, *parts):
+    """A heading and what is below it; nothing where there are no parts."""
+    body = "".join(part for part in parts if part)
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>\n" if body else ""
