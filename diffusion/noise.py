@@ -43,7 +43,7 @@ def _shells(count):
 
 def significant(length, width):
     """How many coefficients of an axis of `length` pixels matter; width is sigma as a fraction of the axis."""
-    return min(length, math.ceil(math.sqrt(-2 * math.log(NEGLIGIBLE)) / (math.pi * width)))
+    return math.ceil(min(length, math.sqrt(-2 * math.log(NEGLIGIBLE)) / (math.pi * width)))
 
 
 def mollified_cosines(position, count, width, scale):

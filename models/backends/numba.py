@@ -32,11 +32,13 @@ def sparse_conv(features, weight, coords):
     The result has the dtype of the features, whatever that of the weight.
     """
     kh, kw = weight.shape[:2]
-    factor = coords.cached(("sparse_conv_factor", kh, kw), lambda: kh * kw / neighbour_counts(coords, (kh, kw)))
+    dtype = torch.promote_types(features.dtype, torch.float32)  # of the factors: 1/3 in float32 is not 1/3 in float64
+    factor = coords.cached(("sparse_conv_factor", kh, kw, dtype),
+                           lambda: kh * kw / neighbour_counts(coords, (kh, kw)).to(dtype))
     if coords.is_raster:
         return correlate_image(features.unflatten(1, coords.size), weight, factor).flatten(1, 2)
     start, near, tap = coords.cached(("neighbours", kh, kw), lambda: _neighbours(coords, kh, kw))
-    ones = coords.cached("ones", lambda: torch.ones_like(factor))
+    ones = coords.cached(("ones", dtype), lambda: torch.ones_like(factor))
     return correlate(features, weight, start, near, tap, ones, factor)
 
 
@@ -75,7 +77,7 @@ def correlate(
     """after · sum over the neighbours of each point of weight(tap) before(near) features(near).
 
     features [B, L, C]; weight [kh, kw, C] or [kh, kw, C, D]; start, near, tap as from _neighbours; before and after
-    float32 [B, L], factors of the points. Returns [B, L, C or D].
+    [B, L], factors of the points. Returns [B, L, C or D].
     """
     wide, kernel = _widen(features).flatten(0, 1), _widen(weight).flatten(0, 1)
     before, after = before.flatten(), after.flatten()
@@ -111,7 +113,7 @@ def correlate_weight_gradient(
 
 @operator("correlate_image")
 def correlate_image(image: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """correlate where every pixel is present: image [B, H, W, C], factor float32 [B, H * W] -> [B, H, W, C or D]."""
+    """correlate where every pixel is present: image [B, H, W, C], factor [B, H * W] -> [B, H, W, C or D]."""
     kh, kw, channels = weight.shape[:3]
     kernel = _widen(weight.permute(2, 0, 1)[:, None] if weight.dim() == 3 else weight.permute(3, 2, 0, 1))
     groups = channels if weight.dim() == 3 else 1

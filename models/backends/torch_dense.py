@@ -3,6 +3,7 @@
 Its cost does not depend on how many pixels are present. Gradients come from autograd.
 """
 
+import torch
 import torch.nn.functional as F
 
 from models import fft_conv
@@ -34,6 +35,6 @@ def sparse_conv(features, weight, coords):
         kernel = weight[:, :, None] if depthwise else weight  # [kh, kw, in, out]
         kernel, groups = kernel.permute(3, 2, 0, 1).to(features.dtype), channels if depthwise else 1
         image = F.conv2d(image, kernel, padding=(kh // 2, kw // 2), groups=groups)
-    factor = kh * kw / neighbour_counts(coords, (kh, kw))
     out = coords.gather(image)
+    factor = kh * kw / neighbour_counts(coords, (kh, kw)).to(torch.promote_types(out.dtype, torch.float32))
     return (out * factor[:, :, None]).to(out.dtype)
