@@ -100,6 +100,7 @@ def main():
     timesteps = build_timestep_sampler(cfg)
     modules = build_modules(cfg)
     train_set, heldout = build_dataset(cfg, train=True), build_dataset(cfg, train=False)
+    config.check_batch_fits(cfg, len(train_set), "images")
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
 
     Trainer(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def run_script(script, *arguments):
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
+        for name in [name for name in sys.modules if name.endswith("_config") and "." not in name]:
+            del sys.modules[name]  # config files: ml_collections would load the next one on top of what is there
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -43,3 +46,24 @@ def only_line(result):
     assert result.code == 2, (result.code, result.err)
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
     return lines[0]
+
+
+def refused(folder, *command, may_write=()):
+    """The one line with which a script refuses a user's mistake; AssertionError if it did anything else.
+
+    All files below `folder` have to be as they were, but for new ones called as in may_write, which are those of a run
+    that had begun when the mistake was found; its bar of progress and a warning may then stand before the line.
+    """
+    before = contents(folder)
+    result = run_script(*command)
+    after = contents(folder)
+    assert {path: after.get(path) for path in before} == before
+    assert {path.name for path in after.keys() - before.keys()} <= set(may_write)
+    if may_write:
+        result = result._replace(err="\n".join(re.findall("^error: .*|.*Traceback.*", result.err, re.M)))
+    return only_line(result)
+
+
+def contents(folder):
+    """{path: bytes} of all files below a folder, with None for folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}

@@ -87,6 +87,8 @@ def load_checkpoint(path, kind=None):
     """What `save_checkpoint` wrote, on the CPU. UserError where the file is missing or of another kind or format;
     its subclass DamagedCheckpoint where it is damaged."""
     path = Path(path)
+    if path.is_dir():
+        raise DamagedCheckpoint(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; train it first, or set run.output_dir and run.experiment "
                         "to those of the training run")

@@ -8,6 +8,7 @@ Of several processes the first that fails prints its line and torchrun stops the
 import logging
 import shlex
 import sys
+import traceback
 
 import torch
 from absl import app, flags
@@ -28,7 +29,7 @@ def run(main, shared=False):
         distributed.start()
         if not shared and distributed.world_size() > 1:
             raise UserError(f"{sys.argv[0]} works in one process; start it with python, not with torchrun")
-        extra = flags.FLAGS(sys.argv)[1:]
+        extra = _parse(sys.argv)
         if extra:
             raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
         level = logging.INFO if distributed.is_main() else logging.ERROR  # what all have to say, one says
@@ -41,6 +42,8 @@ def run(main, shared=False):
     except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
         if "ml_collections" not in _raised_in(error):
             raise
+        if "get_config" in str(error):
+            _fail("a config file could not be loaded: it has no function get_config()")
         reason = error
         while isinstance(reason, BaseException):
             reason = reason.args[0]
@@ -71,6 +74,29 @@ def point_to_report():
     """The last line of a training script: the command, with the same flags, that makes a page about its run."""
     if distributed.is_main():
         print(f"for a page about this run: {shlex.join(['python', 'experiments/report.py', *sys.argv[1:]])}")
+
+
+def _parse(arguments):
+    """Those arguments that are no flags. UserError for what a config file raises: it is Python, written by the user."""
+    try:
+        return flags.FLAGS(arguments)[1:]
+    except (AttributeError, KeyError, OSError) as error:  # see run()
+        if "ml_collections" in _raised_in(error):
+            raise
+        raise _config_file_error(error) from error
+    except flags.Error as error:
+        if "Traceback" not in str(error):
+            raise
+        raise _config_file_error(error) from error  # a TypeError or ValueError, of which ml_collections made a text
+    except Exception as error:
+        raise _config_file_error(error) from error
+
+
+def _config_file_error(error):
+    lines = [line.strip() for line in "".join(traceback.format_exception(error)).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith("File ") and not any(
+        package in line for package in ("ml_collections", "absl", "importlib", __file__))]
+    return UserError(f"a config file could not be loaded: {lines[-1]}" + (f", {places[-1]}" if places else ""))
 
 
 def _raised_in(error):

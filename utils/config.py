@@ -5,6 +5,7 @@ What a name may be (a data set, a schedule, a backend) is checked where the name
 
 import difflib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -108,6 +109,13 @@ def micro_batch_size(config):
     return train.batch_size // parts
 
 
+def check_batch_fits(config, count, items):
+    """UserError where a batch is larger than the training set of `count` items, and would hold some of them twice."""
+    if config.train.batch_size > count:
+        raise UserError(f"config.train.batch_size={config.train.batch_size} is more than the {count} {items} to train "
+                        "on; lower it, or add images")
+
+
 def run_dir(config):
     """Folder of a run, <output_dir>/<experiment>."""
     return Path(config.run.output_dir) / config.run.experiment
@@ -155,18 +163,21 @@ def _check(config, defaults, flag_name):
             near = difflib.get_close_matches(name, [known for known, _ in _leaves(defaults)], n=1)
             raise UserError(f"{where} is not a known field" + (f"; did you mean {near[0]}?" if near else ""))
         if not _same_type(value, default):
-            raise UserError(f"{where} must be of type {type(default).__name__}")
+            kind = "tuple of int" if isinstance(default, tuple) else type(default).__name__
+            raise UserError(f"{where} must be of type {kind}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} must be a finite number")
         if name in AT_LEAST and not value >= AT_LEAST[name]:
             raise UserError(f"{where} must be at least {AT_LEAST[name]}")
         if name in BELOW and not value < BELOW[name]:
             raise UserError(f"{where} must be below {BELOW[name]}")
         if name in ONE_OF and value not in ONE_OF[name]:
             raise UserError(f"{where} must be one of {', '.join(map(str, ONE_OF[name]))}")
-    missing = [name for name, _ in _leaves(defaults) if _lookup(config, name) is None]
+    missing = [name for name, _ in _leaves(defaults) if isinstance(_lookup(config, name), (ConfigDict, type(None)))]
     if missing:
         raise UserError(f"--{flag_name} lacks {missing[0]}; start from a function of configs/defaults.py")
     experiment = config.run.experiment
-    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+    if not Path(experiment).parts or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
         raise UserError(f"{flag_name}.run.experiment={experiment!r} must be the name of a folder below run.output_dir")
 
 

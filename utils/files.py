@@ -4,6 +4,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from utils.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -19,6 +21,15 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder, field):
+    """UserError, naming the config's field, where files could not be made in a folder, which need not be there yet."""
+    folder = Path(folder)
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "cannot be written" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"{field}: {str(nearest)!r} {reason}; choose another folder")
 
 
 def sync_folder(path):

@@ -13,7 +13,7 @@ from utils.config import run_dir, write_config
 from utils.device import autocast, resolve_dtype
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.files import remove_leftovers
+from utils.files import check_writable, remove_leftovers
 from utils.logging import RunLog, evaluated
 from utils.stop import Stopped, StopRequest, exit_code
 from utils.update import Update
@@ -48,6 +48,7 @@ class Trainer:
         self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
         self.checkpoints = CheckpointFolder(self.folder, filename, config.train.keep_checkpoints)
+        self._check_folder()
 
         train = config.train
         self.dtype = resolve_dtype(train, device)
@@ -61,6 +62,13 @@ class Trainer:
             raise UserError(f"the processes do not find the same {self.checkpoints.newest}; put run.output_dir where "
                             "all machines can read it")
         self.loss = distributed.data_parallel(loss, self.modules)
+
+    def _check_folder(self):
+        check_writable(self.folder, f"run.output_dir={self.config.run.output_dir!r}")
+        for path in sorted(self.folder.glob("*checkpoint.pt")):
+            if path not in (self.checkpoints.newest, self.checkpoints.best):
+                raise UserError(f"run.experiment={self.config.run.experiment!r} is a run of another kind, as {path} "
+                                "tells, and they would overwrite each other's metrics; choose another")
 
     def _resume(self):
         if not self.config.train.load_checkpoint:

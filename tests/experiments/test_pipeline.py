@@ -213,38 +213,6 @@ def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path
         assert named in only_line(result)
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--sample_img_size=12"], "--sample_img_size=12"), (["--sample_img_size=big"], "--sample_img_size=big"),
-    (["--sampling_steps=0"], "sampling_steps"), (["--sampling_steps=21"], "21 sampling steps"),
-    (["--latent_sampling_steps=21"], "21 sampling steps"), (["--eta=2"], "eta"),
-    (["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of --sampler=ddim only"),
-    (["--decoder_config.data.img_size=32", "--decoder_config.mc_integral.q_sample=64"], "data.img_size=16"),
-    (["--config.run.experiment=tiny"], "is also that of the autoencoder"),
-    (["--max_points=0"], "max_points"), (["--max_points=40", "--sample_img_size=64"], "--max_points=40 is too few"),
-    (["--sampler=euler"], "sampler"), (["--num_samples=0"], "num_samples"), (["--eta=-1"], "eta"),
-    (["--config.model.z_dim=7"], "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
-    (["--decoder_config.model.nf=16"], "model.nf=8, the config has 16"),
-    (["--decoder_config.run.experiment=absent"], "there is no checkpoint"),
-    (["--config.run.experiment=absent"], "there is no checkpoint"),
-    (["--output=/proc/none"], "--output=/proc/none"),
-])
-def test_mistakes_in_sampling_are_one_line(trained, tmp_path, monkeypatch, flags, named):
-    monkeypatch.chdir(tmp_path)
-    assert named in only_line(run_script(SAMPLES, *trained[2], "--num_samples=1", "--sampling_steps=3", *flags))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_broken_checkpoint_is_one_line(trained, tmp_path):
-    run = tmp_path / "checkpoints" / "tiny"
-    run.mkdir(parents=True)
-    content = (trained[0] / "checkpoints" / "tiny" / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").write_bytes(content[:len(content) // 2])
-    for script, *flags in ((STAGE_1,), (RECONS, "--sampling_steps=3")):
-        result = run_script(script, *trained[1], f"--config.run.output_dir={tmp_path / 'checkpoints'}", *flags)
-        assert "not a readable checkpoint" in only_line(result)
-    assert (run / "checkpoint.pt").stat().st_size == len(content) // 2
-
-
 def test_reconstructions_and_how_close_they_are(trained, tmp_path):
     command = RECONS, *trained[1], "--num_samples=5", "--sampling_steps=3"
     result = run_script(*command, "--output", tmp_path / "r")

@@ -19,8 +19,8 @@ SMALL_AUTOENCODER = DEVICE + (
     " --{0}.model.time_emb_dim=8 --{0}.model.num_conv_blocks=1 --{0}.model.kernel_size=3 --{0}.model.uno_res=16"
     " --{0}.model.uno_base_channels=8 --{0}.model.z_dim=6 --{0}.diffusion.steps=4")
 SMALL_LATENT = DEVICE + (
-    " --{0}.data.fid_samples=2 --{0}.model.z_dim=6 --{0}.model.num_layers=2 --{0}.model.hidden_dim=8"
-    " --{0}.diffusion.steps=4")
+    " --{0}.data.fid_samples=2 --{0}.train.batch_size=4 --{0}.model.z_dim=6 --{0}.model.num_layers=2"
+    " --{0}.model.hidden_dim=8 --{0}.diffusion.steps=4")
 
 
 def ffhq(root):

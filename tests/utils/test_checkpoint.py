@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_short_or_has_one_bit_changed_is_refused(tmp_path):
 def test_missing_other_kind_and_other_format(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="is a folder, not a checkpoint"):
         load_checkpoint(tmp_path)  # a folder
     save_checkpoint(tmp_path / "c.pt", {"kind": "latent"})
     with pytest.raises(UserError, match="holds a latent, not a autoencoder"):

@@ -1,0 +1,194 @@
+"""Mistakes with what a run has left: checkpoints that are another's, or none, and folders that hold something else.
+Each row is refused in one line with exit code 2, and every file stays as it was."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from tests.data.layouts import write_folder
+from tests.scripts import refused, run_script
+from tests.tiny import tiny_config, tiny_latent_config, write_config_file
+from utils.checkpoint import FORMAT, MARK, _new_digest, load_checkpoint, save_checkpoint
+
+STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
+SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
+EXPORT, PREPARE = "experiments/export_weights.py", "data/prepare.py"
+NOISE, INPAINT = "experiments/generate_noise.py", "experiments/inpaint.py"
+ONE_STEP = ["--config.train.max_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder with data, configs and the runs of one step, tiny and tiny_sampler, in checkpoints/."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_folder(folder / "data", 21)
+    write_config_file(tiny_config("checkpoints", "data", "folder"), folder / "ae.py")
+    write_config_file(tiny_latent_config("checkpoints"), folder / "latent.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for script in (STAGE_1, STAGE_2):
+            assert run_script(*command(script), *ONE_STEP).code == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    """A copy of that folder, in which the process is."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(script):
+    both = script in (STAGE_2, SAMPLES)
+    configs = ["--config", "latent.py", "--decoder_config", "ae.py"] if both else ["--config", "ae.py"]
+    return [script, *configs, *(["--sampling_steps=3"] if script in (SAMPLES, RECONS, INPAINT) else [])]
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+        return os.system, ("touch it_ran",)
+
+
+def malicious(path):
+    content = pickle.dumps({"format": FORMAT, "kind": "autoencoder", "step": Evil()})
+    digest = _new_digest()
+    digest.update(content)
+    path.write_bytes(content + MARK + digest.hexdigest().encode())
+
+
+def malicious_zip(path):
+    """As torch.save writes it, with a valid checksum."""
+    save_checkpoint(path, {"kind": "autoencoder", "step": Evil()})
+
+
+def change(**entries):
+    return lambda path: save_checkpoint(path, load_checkpoint(path) | entries)
+
+
+def put(name):
+    return lambda path: shutil.copy(path.parent.parent / name, path)
+
+
+def write(content):
+    return lambda path: path.write_bytes(content)
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+# what is done to the file of that name in the run of the script's stage, and what the one line must say
+SPOILED = {
+    "gone": (lambda path: path.unlink(), "there is no checkpoint checkpoints/tiny/checkpoint.pt; train it first"),
+    "empty": (write(b""), "is not a readable checkpoint (no checksum at its end"),
+    "text": (write(b"<html>404</html>" * 99), "is not a readable checkpoint (no checksum at its end"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "is not a readable checkpoint"),
+    "a folder": (folder_instead, "checkpoint.pt is a folder, not a checkpoint; restore it, or start again"),
+    "of the other stage": (put("tiny_sampler/latent_checkpoint.pt"), "holds a latent, not a autoencoder; check run"),
+    "of another version": (change(format=1), f"has checkpoint format 1, this code reads format {FORMAT}"),
+    "of the future": (change(format=99), f"has checkpoint format 99, this code reads format {FORMAT}"),
+    "no dictionary": (lambda path: torch.save([1], path), "is not a readable checkpoint"),
+    "a pickle that runs code": (malicious, "is not a readable checkpoint"),
+    "a file of torch.save that runs code": (malicious_zip, "is not a readable checkpoint"),
+}
+
+
+@pytest.mark.parametrize("script", [STAGE_1, RECONS])
+@pytest.mark.parametrize("spoil, said", SPOILED.values(), ids=SPOILED)
+def test_a_checkpoint_that_is(place, script, spoil, said):
+    path = place / "checkpoints" / "tiny" / "checkpoint.pt"
+    spoil(path)
+    if script == STAGE_1 and not path.exists():
+        pytest.skip("it would train from the start")
+    assert said in refused(place, *command(script))
+    assert not (place / "it_ran").exists()
+
+
+def test_latents_that_run_code_are_made_again_and_weights_that_do_are_refused(place):
+    (place / "checkpoints" / "new").mkdir()
+    malicious_zip(place / "checkpoints" / "new" / "latents.pt")
+    assert run_script(*command(STAGE_2), "--config.run.experiment=new").code == 0
+    path = place / "checkpoints" / "tiny" / "checkpoint.pt"
+    path.unlink()
+    malicious(path.with_name("weights.safetensors"))
+    assert "is not a readable file of weights" in refused(place, *command(RECONS))
+    assert not (place / "it_ran").exists()
+
+
+OTHER_CONFIGS = [
+    (STAGE_1, "--config.model.nf=16", "was trained with model.nf=8, the config has 16; use the same value, or another"),
+    (STAGE_1, "--config.model.uno_mults=(1,1)", "was trained with model.uno_mults=(1, 2), the config has (1, 1)"),
+    (STAGE_1, "--config.diffusion.gaussian_filter_std=2.0", "diffusion.gaussian_filter_std=1.0, the config has 2.0"),
+    (STAGE_1, "--config.data.img_size=32", "was trained with data.img_size=16, the config has 32"),
+    (STAGE_1, "--config.train.load_checkpoint=False", "exists and train.load_checkpoint=False would overwrite it"),
+    (STAGE_1, "--config.run.experiment=tiny_sampler", "run.experiment='tiny_sampler' is a run of another kind"),
+    (STAGE_2, "--config.run.experiment=tiny", "is also that of the autoencoder"),
+    (STAGE_2, "--config.model.num_layers=3", "was trained with model.num_layers=2, the config has 3"),
+    (STAGE_2, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
+    (STAGE_2, "--config.train.batch_size=41", "train.batch_size=41 is more than the 40 latents"),
+    (STAGE_2, "--decoder_config.run.experiment=absent", "there is no checkpoint checkpoints/absent/checkpoint.pt"),
+    (EXPORT, "--config.model.nf=16", "was trained with model.nf=8, the config has 16"),
+    (RECONS, "--config.model.learn_sigma=True", "was trained with model.learn_sigma=False, the config has True"),
+    (RECONS, "--config.run.experiment=tiny_sampler", "there is no checkpoint checkpoints/tiny_sampler/checkpoint.pt"),
+    (SAMPLES, "--decoder_config.model.nf=16", "model.nf=8, the config has 16"),
+    (SAMPLES, "--decoder_config.run.experiment=absent", "there is no checkpoint"),
+    (SAMPLES, "--config.run.experiment=absent", "there is no checkpoint"),
+    (SAMPLES, "--config.run.experiment=tiny", "is also that of the autoencoder"),
+    (SAMPLES, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
+    (SAMPLES, "--decoder_config.data.img_size=32", "trained with data.img_size=16, the config has 32"),
+]
+
+
+@pytest.mark.parametrize("script, flag, said", OTHER_CONFIGS, ids=[" ".join(row[:2]) for row in OTHER_CONFIGS])
+def test_a_run_of_another_config(place, script, flag, said):
+    assert said in refused(place, *command(script), flag)
+
+
+SAMPLING = [
+    ("--sample_img_size=12", "--sample_img_size=12 must be a number of pixels, at least 16, or HEIGHTxWIDTH"),
+    ("--sample_img_size=big", "--sample_img_size=big must be"), ("--sample_img_size=-32", "--sample_img_size=-32 must"),
+    ("--sample_img_size=32x", "--sample_img_size=32x must be"), ("--sample_img_size=1e3", "--sample_img_size=1e3 must"),
+    ("--sampling_steps=0", "sampling_steps=0"), ("--sampling_steps=21", "21 sampling steps"),
+    ("--latent_sampling_steps=21", "21 sampling steps"), ("--eta=2", "eta=2"), ("--eta=-1", "eta=-1"),
+    ("--eta=1 --sampler=ddpm", "--eta=1.0 is of --sampler=ddim only; leave it out"),
+    ("--sampler=euler", "sampler=euler"), ("--latent_sampler=euler", "latent_sampler=euler"),
+    ("--num_samples=0", "num_samples=0"), ("--max_points=0", "max_points=0"),
+    ("--max_points=40 --sample_img_size=64", "--max_points=40 is too few"),
+    ("--config.train.sample_size=0", "config.train.sample_size=0 must be at least 1"),
+    ("--config.data.fid_samples=0", "config.data.fid_samples=0 must be at least 1"),
+    ("--output=ae.py", "--output=ae.py cannot be written (File exists); choose another folder"),
+    ("--output=ae.py/x", "--output=ae.py/x cannot be written (Not a directory); choose another folder"),
+    ("--output=data", "--output=data holds images of unknown origin; choose another folder"),
+    ("--output=/proc/none", "--output=/proc/none cannot be written"),
+]
+
+
+@pytest.mark.parametrize("flags, said", SAMPLING, ids=[row[0] for row in SAMPLING])
+def test_sampling(place, flags, said):
+    assert said in refused(place, *command(SAMPLES), "--num_samples=1", *flags.split())
+
+
+# folders that hold something else, and files in the place of folders
+OUTPUTS = [
+    (STAGE_1, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
+    (STAGE_2, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
+    (STAGE_1, "--config.run.experiment=tiny/config.json", "tiny/config.json' is not a folder; choose another"),
+    (RECONS, "--output=ae.py", "--output=ae.py/originals cannot be written (Not a directory); choose another"),
+    (EXPORT, "--output=w.pt", "--output=w.pt must end with .safetensors"),
+    (EXPORT, "--output=ae.py/w.safetensors", "--output=ae.py/w.safetensors: 'ae.py' is not a folder; choose another"),
+    (PREPARE, "--output=ae.py", "--output='ae.py' is a file"),
+    (PREPARE, "--output=data", "is data.root_dir itself"),
+    (PREPARE, "--output=checkpoints", "other files"),
+    (NOISE, "--output=ae.py", "--output=ae.py cannot be written"),
+    (INPAINT, "--output=ae.py", "--output=ae.py/originals cannot be written"),
+]
+
+
+@pytest.mark.parametrize("script, flag, said", OUTPUTS, ids=[" ".join(row[:2]) for row in OUTPUTS])
+def test_an_output(place, script, flag, said):
+    assert said in refused(place, *command(script), flag)
