@@ -1,6 +1,7 @@
 """Running the project's scripts in several processes, as torchrun does."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,3 +18,9 @@ def torchrun(script, *arguments, processes=2):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True, timeout=120)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def own_lines(result):
+    """(what the processes wrote to stderr, line by line; what torchrun said about a failure)."""
+    own, report = re.split(r"^[WE]\d{4} .*torch/distributed", result.err, maxsplit=1, flags=re.MULTILINE)
+    return own.splitlines(), report

@@ -36,7 +36,7 @@ def run(main, shared=False):
         logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
         keep_freed_memory()
         main()
-        distributed.stop()
+        distributed.leave()
     except (flags.Error, UserError) as error:
         _fail(str(error))
     except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
@@ -60,7 +60,7 @@ def run(main, shared=False):
     except Stopped as stopped:
         if distributed.is_main() and distributed.first_to_fail(str(stopped)):
             print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
+        _end(stopped.code)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint or image", code=INTERRUPTED)
     except RuntimeError as error:
@@ -112,4 +112,9 @@ def _fail(message, code=2):
         line += f" (process {distributed.rank()} of {distributed.world_size()})"
     if distributed.first_to_fail(line):
         print(line, file=sys.stderr)
+    _end(code)
+
+
+def _end(code):
+    distributed.leave(code)
     sys.exit(code)

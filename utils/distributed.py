@@ -23,8 +23,6 @@ from utils.errors import UserError
 TIMEOUT = datetime.timedelta(minutes=30)  # more than validation and pictures take, which the others wait for
 _PATIENCE = 3  # seconds that a process which is to be stopped waits for it
 _store = None  # of torchrun: keys and values that all processes see
-# Kept, as gloo's thread would free a tensor that nobody holds, for which it needs Python, which may be about to end.
-_number = torch.zeros(1, dtype=torch.int64)
 _rounds = itertools.count()  # all processes take part in the same ones
 
 
@@ -63,16 +61,25 @@ def start():
                         "start them with torchrun, or unset WORLD_SIZE") from error
     _store = dist.PrefixStore("infty_diff", store)
     show = sys.excepthook
-    sys.excepthook = lambda kind, error, trace: first_to_fail(repr(error)) and show(kind, error, trace)
+
+    def show_and_leave(kind, error, trace):
+        if first_to_fail(repr(error)):
+            show(kind, error, trace)
+        leave(1)
+
+    sys.excepthook = show_and_leave
 
 
-def stop():
-    """Wait for the others to be done, and part."""
-    global _store
-    if _store:
+def leave(code=0):
+    """End this process if it is one of several; with code 0 when all others are done. In a single one, just return."""
+    if not _store:
+        return
+    if code == 0:
         barrier()
         dist.destroy_process_group()
-        _store = None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread of gloo's that still needs Python would abort a process in which it ends in order
 
 
 def data_parallel(loss, modules):
@@ -112,9 +119,9 @@ def largest(number):
     """The largest of the processes' integers."""
     if not _store:
         return number
-    _number.fill_(number)
-    dist.all_reduce(_number, dist.ReduceOp.MAX)
-    return _number.item()
+    result = torch.tensor([number])
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return result.item()
 
 
 def from_main(function):
