@@ -24,8 +24,8 @@ class RunLog:
             return
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-        with replacing(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        with replacing(self.metrics) as temporary, open(temporary, "w") as file:
+            _write(file, self.lines)
         self.wandb = _start_wandb(config)
 
     def numbers(self, step, values):
@@ -34,15 +34,13 @@ class RunLog:
             return
         self.lines.append({"step": step, **values})
         with open(self.metrics, "a") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, self.lines[-1:])
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def smallest(self, name):
-        """The smallest value of a metric so far; infinite where there is none."""
-        return min((line[name] for line in self.lines if name in line), default=math.inf)
+        """The smallest value of a metric so far; infinite where there is none (NaN is none)."""
+        return min((line[name] for line in self.lines if not math.isnan(line.get(name, math.nan))), default=math.inf)
 
     def picture(self, step, name, image):
         """One uint8 image [C, H, W], to images/<name>_<step>.png."""
@@ -57,6 +55,13 @@ class RunLog:
     def close(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def _write(file, lines):
+    """Write lines, to be on the disk when this returns."""
+    file.writelines(json.dumps(line) + "\n" for line in lines)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_metrics(path):

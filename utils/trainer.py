@@ -98,7 +98,8 @@ class Trainer:
             logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest, self.step)
             return
         if distributed.is_main():
-            remove_leftovers(self.folder)
+            for folder in (self.folder, self.folder / "images"):
+                remove_leftovers(folder)
             write_config(self.config, self.folder / "config.json")
         log = RunLog(self.folder, self.config, self.step)
         progress = tqdm(total=max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05,

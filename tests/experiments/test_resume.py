@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
             job(f"killed_{stage}", command, kill_at=kill_at)
     for name, signals in (("term", ["SIGTERM"]), ("usr1", ["SIGUSR1", "SIGTERM"]), ("int", ["SIGINT"]),
                           ("twice", ["SIGTERM", "SIGINT"])):
-        workers = 2 if name == "int" else 0
+        workers = 2 if name == "usr1" else 0
         job(name, [*stage_1, f"--config.data.num_workers={workers}"], signals={4: signals})
     job("term", stage_1)
     job("twice", stage_1)

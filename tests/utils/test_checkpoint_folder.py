@@ -71,21 +71,20 @@ def test_a_damaged_newest_file_falls_back_to_the_one_before_with_one_warning(tmp
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
 
 
-def test_it_falls_back_as_far_as_needed_and_says_so_where_nothing_is_left(tmp_path, caplog):
-    save(CheckpointFolder(tmp_path, "checkpoint.pt", 3), 1, 2, 3)
+def test_it_falls_back_as_far_as_needed_and_says_so_where_nothing_is_left(tmp_path):
+    save(CheckpointFolder(tmp_path, "checkpoint.pt", 3), 10, 20, 30)
     flip(tmp_path / "checkpoint.pt")
-    flip(tmp_path / "checkpoint.2.pt")
+    flip(tmp_path / "checkpoint.20.pt")
     folder = CheckpointFolder(tmp_path, "checkpoint.pt", 2)
-    assert folder.load(KIND)[0]["step"] == 1
-    flip(tmp_path / "checkpoint.1.pt")
+    assert folder.load(KIND)[0]["step"] == 10
+    flip(tmp_path / "checkpoint.10.pt")
     with pytest.raises(UserError, match="checkpoint.pt is not a readable checkpoint"):
         load_newest(tmp_path / "checkpoint.pt", KIND)
-    # having gone back to step 1, it does not keep the damaged state of step 2 in place of its own
-    flip(tmp_path / "checkpoint.1.pt")
-    assert folder.load(KIND)[0]["step"] == 1
-    save(folder, 2, 3)
-    assert load_checkpoint(tmp_path / "checkpoint.2.pt")["step"] == 2
-    assert names(tmp_path) == ["checkpoint.2.pt", "checkpoint.pt"]
+    flip(tmp_path / "checkpoint.10.pt")
+    # having gone back to step 10, it does not keep the damaged state of step 20 in place of a good one
+    for step, kept in ((12, 10), (14, 12)):
+        save(folder, step)
+        assert names(tmp_path) == [f"checkpoint.{kept}.pt", "checkpoint.pt"]
 
 
 def test_another_kind_is_a_mistake_not_damage(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from torch import nn
 
 from models.build import build_decoder, build_encoder
 from tests.tiny import tiny_config
-from utils import rng
+from utils import checkpoint_folder, rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.logging import read_metrics
+from utils.logging import RunLog, read_metrics
 from utils.trainer import Trainer
 from utils.update import learning_rate
 
@@ -200,7 +201,7 @@ def test_warm_up_scales_the_first_steps(tmp_path):
 
 
 def test_the_best_average_is_kept(tmp_path):
-    figures = iter([3.0, 0.1, 1.0, 0.1, 2.0, 0.1])  # of the average and of the weights themselves, in turn
+    figures = iter([math.nan, 0.1, 1.0, 0.1, 2.0, 0.1])  # of the average and of the weights themselves, in turn
     trainer = make_trainer(tmp_path, 6, best="v", validate=lambda modules: {"v": next(figures)})
     trainer.train()
     best = load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")
@@ -223,6 +224,57 @@ def test_validation_sees_the_average_and_the_weights_in_eval_mode_without_gradie
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0}
     trainer.training_step(trainer.batches(2))
     assert trainer.modules.training
+
+
+def test_the_line_about_a_best_state_comes_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    save, numbers, seen = checkpoint_folder.save_checkpoint, RunLog.numbers, []
+    best = tmp_path / "run" / "best_checkpoint.pt"
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        save(*arguments)
+
+    def watched(log, step, values):
+        if "v" in values:
+            seen.append((step, best.exists() and load_checkpoint(best)["step"]))
+        numbers(log, step, values)
+
+    monkeypatch.setattr(checkpoint_folder, "save_checkpoint", slow)
+    monkeypatch.setattr(RunLog, "numbers", watched)
+    figures = iter([2.0, 0.0, 1.0, 0.0])
+    make_trainer(tmp_path, 4, best="v", validate=lambda modules: {"v": next(figures)}).train()
+    assert seen == [(2, 2), (4, 4)]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_in_the_next_step(tmp_path, monkeypatch):
+    def full(path, state, displaced=None):
+        if state["step"] == 4:
+            raise OSError(f"{path} could not be written (No space left on device)")
+        save_checkpoint(path, state, displaced)
+
+    monkeypatch.setattr(checkpoint_folder, "save_checkpoint", full)
+    trainer = make_trainer(tmp_path, 100, train__checkpoint_steps=2)
+    step = trainer.training_step
+
+    def step_after_writing(batches):
+        if trainer.checkpoints._writing is not None:
+            trainer.checkpoints._writing.exception()  # waits
+        step(batches)
+
+    trainer.training_step = step_after_writing
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert trainer.step == 5 and load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("run/.checkpoint.pt.123.tmp", "run/.metrics.jsonl.9.tmp", "run/images/.samples_0000002.png.5.tmp"):
+        (tmp_path / name).write_text("half")
+    make_trainer(tmp_path, 3).train()
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix == ".tmp"] == []
+    assert set(before) < set(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("where", ["validate", "plot"])
