@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from models import compiled
+from models.backends import triton
+from models.sparse_conv import INTERPRETED
 
 MEAN_POINTS = 10  # a node looks at the pixels of a disc that holds 10 k points on average; those left over search on
 LONGEST_LIST = 2**12
 MAX_OFFSETS = 2**22  # of all lists together
 CHUNK = 2**24  # elements that the torch search holds at a time
+WARP = 32  # nodes of a program on a GPU, a thread each
 
 
 @torch.compiler.disable
@@ -35,7 +38,7 @@ def nearest_pixels(coords, grid_size, k):
         raise ValueError(f"k={k} nearest pixels do not exist; each image has {coords.num_points}")
     table = coords.table[:1] if coords.is_raster else coords.table  # full images have one geometry
     offsets = _offsets(coords.size, grid_size, coords.num_points, k, coords.device)
-    search = _search_compiled if coords.device.type == "cpu" and compiled.is_available() else _search_torch
+    search = _choose_search(coords.device)
     place, squared_distance = search(table.unflatten(1, coords.size), offsets, grid_size, k)
     return place.expand(coords.batch, -1, -1), squared_distance.expand(coords.batch, -1, -1)
 
@@ -102,6 +105,14 @@ def _phases(length, grid_size, device):
     return *offset.unique(return_inverse=True), pixel
 
 
+def _choose_search(device):
+    if device.type == "cpu" and compiled.is_available():
+        return _search_compiled
+    if triton.is_available() and (device.type == "cuda" or INTERPRETED):
+        return _search_triton
+    return _search_torch
+
+
 def _search_compiled(table, offsets, grid_size, k):
     place = torch.empty((len(table), grid_size**2, k), dtype=torch.int64)
     squared_distance = torch.empty(place.shape)
@@ -109,9 +120,32 @@ def _search_compiled(table, offsets, grid_size, k):
     return place, squared_distance
 
 
-def _search_torch(table, offsets, grid_size, k):
+def _search_triton(table, offsets, grid_size, k):
+    from models.backends import _triton_nearest  # here, because Triton may be missing
+
+    batch, height, width = table.shape
+    padded = _padded(table, offsets)
+    place = torch.empty((batch, grid_size**2, k), dtype=torch.int64, device=table.device)
+    squared_distance = torch.empty(place.shape, device=table.device)
+    common = math.gcd(height, width)
+    units = width // common, height // common, 2 * height * width * grid_size // common
+    nodes = batch * grid_size**2
+    tensors = padded, table.contiguous(), offsets.start, offsets.phase, offsets.order, offsets.distance
+    sizes = nodes, padded.shape[1], height, width, offsets.order.shape[1]
+    with torch.cuda.device_of(table):
+        _triton_nearest.nearest[(-(-nodes // WARP),)](
+            *tensors, place, squared_distance, *sizes, *units, grid_size, k, WARP, 8 * WARP, num_warps=1
+        )
+    return place, squared_distance
+
+
+def _padded(table, offsets):
     rows, columns = offsets.reach
-    padded = F.pad(table, (columns, columns, rows, rows), value=-1).flatten(1)
+    return F.pad(table, (columns, columns, rows, rows), value=-1).flatten(1)
+
+
+def _search_torch(table, offsets, grid_size, k):
+    padded = _padded(table, offsets)
     start = (offsets.start[0][:, None] + offsets.start[1]).flatten()
     phase = (offsets.phase[0][:, None] + offsets.phase[1]).flatten()
     count = offsets.order.shape[1]
