@@ -86,7 +86,8 @@ def pictures(modules, dataset, diffusion, cfg, device):
         return decode(modules["decoder"], diffusion, z, size, "ddim", generators, channels)
 
     pairs = torch.cat([images, show(z, "reconstruction")])
-    drawn = z.mean(0) + z.std(0, correction=0) * rng.randn(z.shape, rng.sample_generators(device, index, "z"), device)
+    spread = (z - z.mean(0)).square().mean(0).sqrt()
+    drawn = z.mean(0) + spread * rng.randn(z.shape, rng.sample_generators(device, index, "z"), device)
     return {"reconstructions": tile(to_uint8(pairs), len(images)),
             "samples": tile(to_uint8(show(drawn, "samples")), max(1, round(len(images) ** 0.5)))}
 

@@ -68,7 +68,7 @@ def autoencoder_config(img_size):
     model.uno_dropout_from_resolution = 16
     model.uno_dropout = 0.1
     model.uno_conv_type = "conv"  # conv, spectral
-    model.z_dim = 256
+    model.z_dim = 256  # 0: no encoder, a diffusion model of images alone
     model.learn_sigma = False
     model.sigma_small = False
     model.stochastic_encoding = False

@@ -65,7 +65,7 @@ def main():
     model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value)
     crop_size = CROP_SIZE.value or model.size
     size = given.size if given else config.parse_image_size(OPTIONS.size.value, data.img_size)
-    count = len(given) if given else NUM_SAMPLES.value or latent.data.fid_samples
+    count = len(given) if given else NUM_SAMPLES.value or (latent or autoencoder).data.fid_samples
     real = real_images(data, size)
     check_images(count, size, real, crop_size)
     samples = given or SampleFolder(make_samples(latent, autoencoder, OPTIONS, count).path, count)
@@ -100,7 +100,7 @@ def check_flags():
 def read_configs():
     """(latent config or None, autoencoder config), from whichever of the flags were given."""
     latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
-    if not SAMPLES.value and (latent is None or autoencoder is None):
+    if not SAMPLES.value and (autoencoder is None or latent is None and autoencoder.model.z_dim):
         raise UserError("--samples is missing; give a folder, or --config and --decoder_config to make the samples")
     if autoencoder is None and not REAL.value:
         raise UserError("the real images are missing; give --real FOLDER, or a stage-1 config such as "

@@ -25,6 +25,7 @@ from models.tiles import check_max_points
 from utils import cli, config, distributed, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
+from utils.errors import UserError
 from utils.folder import ImageFolder
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
@@ -42,6 +43,8 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: re
 
 def main():
     cfg = config.read_autoencoder_config(CONFIG)
+    if not cfg.model.z_dim:
+        raise UserError("config.model.z_dim=0: without an encoder nothing is reconstructed; use generate_samples.py")
     height, width = size = config.parse_image_size(SIZE.value, cfg.data.img_size)
     diffusion = build_diffusion(cfg, STEPS.value)
     device = resolve_device(cfg.run.device)

@@ -3,6 +3,7 @@
     python experiments/generate_samples.py --config configs/ffhq_latent_config.py \
         --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512]
 
+A model without an encoder (model.z_dim=0) has no latent model; its own config is then --config.
 Image i is a function of run.seed and i: it does not depend on the batch size, or on the number of processes where
 torchrun starts several. A run that was stopped continues when the same command is given again.
 """
@@ -17,7 +18,8 @@ from absl import flags
 from experiments.sampling import define_sampling_flags, make_samples
 from utils import cli, config
 
-CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py")
+CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or that of a "
+                                   "model without an encoder")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
 OPTIONS = define_sampling_flags()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many images; default: data.fid_samples",
@@ -26,8 +28,9 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: sa
 
 
 def main():
-    make_samples(config.read_latent_config(CONFIG), config.read_autoencoder_config(DECODER_CONFIG), OPTIONS,
-                 NUM_SAMPLES.value, OUTPUT.value)
+    latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
+    make_samples(latent, autoencoder or config.read_autoencoder_config(DECODER_CONFIG), OPTIONS, NUM_SAMPLES.value,
+                 OUTPUT.value)
 
 
 if __name__ == "__main__":

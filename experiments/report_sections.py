@@ -18,7 +18,7 @@ from utils.checkpoint import identity
 from utils.config import changed_fields, run_dir
 from utils.environment import environment
 from utils.images import read_image, to_uint8
-from utils.logging import read_metrics
+from utils.logging import read_metrics, training_seconds
 from utils.plots import line_plot, to_bytes
 
 CHECKED = 64  # samples, and held-out images, whose nearest training images are looked for
@@ -71,7 +71,7 @@ def progress(configs):
         losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
         loss = f", held-out loss {losses[-1]:.4g}" if losses else ""
         steps = max((line["step"] for line in metrics), default=0)
-        lines.append(f"{config.run.experiment}: {steps} steps in {training_seconds(config):.0f} s{loss}")
+        lines.append(f"{config.run.experiment}: {steps} steps in {training_seconds(metrics):.0f} s{loss}")
     return page.paragraph(" · ".join(lines))
 
 
@@ -184,7 +184,8 @@ def times(configs, made):
     """Seconds of training and of making images."""
     rows = [("what", "seconds")]
     for config in configs:
-        rows.append((f"training {config.run.experiment}", f"{training_seconds(config):.0f}"))
+        seconds = training_seconds(read_metrics(run_dir(config) / "metrics.jsonl"))
+        rows.append((f"training {config.run.experiment}", f"{seconds:.0f}"))
     for one in made:
         count, size = len(list(one.path.glob("*.png"))), "x".join(map(str, one.settings["size"]))
         rows.append((f"{one.path}: {count} images of {size}", f"{one.settings['seconds']:.0f}"))
@@ -207,13 +208,3 @@ def origin(configs):
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return page.section("Environment", page.table(rows, wrap=True),
                         page.paragraph(f"This page was made at {now}.", note=True))
-
-
-def training_seconds(config):
-    """Training time of a run: each start of it counts its own seconds from zero."""
-    total = last = 0.0
-    for line in read_metrics(run_dir(config) / "metrics.jsonl"):
-        if "seconds" in line:
-            total += line["seconds"] - last if line["seconds"] >= last else line["seconds"]
-            last = line["seconds"]
-    return total

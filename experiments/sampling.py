@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from absl import flags
 
 from diffusion.gaussian_diffusion import build_diffusion
@@ -52,40 +53,57 @@ def define_sampling_flags():
 def make_samples(cfg, decoder_cfg, options, total, output=None):
     """Samples 0 to total − 1 of a trained pair of models as an ImageFolder; those that are there already are kept.
 
-    cfg, decoder_cfg   checked configs of the latent model and the autoencoder
+    cfg, decoder_cfg   checked configs of the latent model (None where there is no encoder) and of the autoencoder
     options            SamplingFlags
     total              how many; None: data.fid_samples of cfg
     output             the folder; None: samples/<experiment>_<height>x<width>
     Image i is a function of run.seed and i: it does not depend on the batch size or on interruptions.
     """
-    config.check_same_latent(cfg, decoder_cfg)
+    if cfg is not None:
+        config.check_same_latent(cfg, decoder_cfg)
+    elif decoder_cfg.model.z_dim:
+        raise UserError("an autoencoder is sampled with a latent model; give the config of that as --config, and the "
+                        "autoencoder's as --decoder_config (only with model.z_dim=0 it is sampled alone)")
+    own = cfg or decoder_cfg
     height, width = size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
     sampler, steps, eta = options.sampler.value, options.steps.value, options.eta.value
     if eta and sampler != "ddim":
         raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
     diffusion = build_diffusion(decoder_cfg, steps)
-    latent_diffusion = build_diffusion(cfg, options.latent_steps.value)
-    device = resolve_device(cfg.run.device)
-    dtype, latent_dtype = resolve_dtype(decoder_cfg.train, device), resolve_dtype(cfg.train, device)
+    device = resolve_device(own.run.device)
+    dtype = resolve_dtype(decoder_cfg.train, device)
     autoencoder = load_autoencoder(decoder_cfg, device)
-    latent_model, mean, std = load_latent_model(cfg, device, autoencoder["encoder"])
     check_max_points(autoencoder["decoder"], size, options.max_points.value)
+    draw_latents, latent_settings = _latent_source(cfg, options, device, autoencoder["encoder"])
 
     folder = ImageFolder(
-        output or f"samples/{cfg.run.experiment}_{height}x{width}",
-        total=total or cfg.data.fid_samples,
-        settings={"size": [height, width], "seed": cfg.run.seed, "sampler": sampler, "steps": steps, "eta": eta,
-                  "latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
-                  "decoder": identity(autoencoder_path(decoder_cfg)), "latent_model": identity(latent_path(cfg))})
+        output or f"samples/{own.run.experiment}_{height}x{width}",
+        total=total or own.data.fid_samples,
+        settings={"size": [height, width], "seed": own.run.seed, "sampler": sampler, "steps": steps, "eta": eta,
+                  "decoder": identity(autoencoder_path(decoder_cfg)), **latent_settings})
 
-    for indices, progress in folder.missing_batches(cfg.train.sample_size, evaluations=steps):
-        with autocast(device, latent_dtype):
-            z = sample_latents(latent_model, latent_diffusion, mean, std,
-                               rng.sample_generators(device, indices, cfg.run.seed, "latent"),
-                               options.latent_sampler.value)
+    for indices, progress in folder.missing_batches(own.train.sample_size, evaluations=steps):
+        z = draw_latents(indices)
         with autocast(device, dtype):
             images = decode(autoencoder["decoder"], diffusion, z, size, sampler,
-                            rng.sample_generators(device, indices, cfg.run.seed, "image"),
+                            rng.sample_generators(device, indices, own.run.seed, "image"),
                             decoder_cfg.data.channels, eta, progress, max_points=options.max_points.value)
         folder.save(indices, images)
     return folder
+
+
+def _latent_source(cfg, options, device, encoder):
+    """(indices -> latents [B, Z] of these samples, settings to keep with the samples)."""
+    if cfg is None:
+        return lambda indices: torch.zeros(len(indices), 0, device=device), {"latent_model": "none"}
+    diffusion, dtype = build_diffusion(cfg, options.latent_steps.value), resolve_dtype(cfg.train, device)
+    model, mean, std = load_latent_model(cfg, device, encoder)
+
+    def draw(indices):
+        with autocast(device, dtype):
+            return sample_latents(model, diffusion, mean, std,
+                                  rng.sample_generators(device, indices, cfg.run.seed, "latent"),
+                                  options.latent_sampler.value)
+
+    return draw, {"latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
+                  "latent_model": identity(latent_path(cfg))}

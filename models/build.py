@@ -3,7 +3,7 @@
 from functools import partial
 
 from models.attention import check_attention
-from models.autoencoder import PointsToGrid, SparseEncoder, SparseUNet
+from models.autoencoder import NoEncoder, PointsToGrid, SparseEncoder, SparseUNet
 from models.grid_unet import GridDown, GridSpec, GridUNet, Stage
 from models.latent_mlp import MLPSkipNet
 from models.recompute import recompute_activations
@@ -33,9 +33,12 @@ def build_decoder(config):
 
 
 def build_encoder(config):
-    """SparseEncoder of a stage-1 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    """SparseEncoder of a stage-1 config, or NoEncoder where z_dim is 0, in float32 on the CPU. Raises UserError where
+    model.* is impossible."""
     model = config.model
     spec = _grid_spec(model)
+    if model.z_dim == 0:
+        return NoEncoder()
     blocks = [_sparse_block(config) for _ in range(model.num_conv_blocks)]
     encoder = SparseEncoder(
         PointsToGrid(config.data.channels, model.nf, blocks, spec, model.knn_neighbours),
@@ -52,6 +55,7 @@ def build_latent_model(config):
     """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
     model = config.model
     _check(model.num_layers >= 2, model, "num_layers", "must be at least 2")
+    _check(model.z_dim >= 1, model, "z_dim", "must be at least 1: without an encoder there are no latents")
     _check_even_time_emb_dim(model)
     network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
     _compile_if_asked(config, network)

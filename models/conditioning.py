@@ -64,7 +64,7 @@ class Conditioning(nn.Module):
 
     layers    the FiLM layers; each has Linears of its own, whose rows are stacked in order of the layers' width
     time_dim  length of the embedded t
-    z_dim     length of z
+    z_dim     length of z; 0: there is no z, and scale_z is 0
     """
 
     def __init__(self, layers, time_dim, z_dim):
@@ -75,6 +75,9 @@ class Conditioning(nn.Module):
         self.widths = [layer.width for layer in layers]
         self.groups = [(width, len(list(same))) for width, same in itertools.groupby(self.widths)]
         self.time = nn.Linear(time_dim, 2 * sum(self.widths))
+        self.latent = None
+        if not z_dim:
+            return
         self.latent = nn.Linear(z_dim, sum(self.widths))
         self.latent_weights = nn.ParameterList(torch.empty(count, width, width) for width, count in self.groups)
         self.latent_biases = nn.ParameterList(torch.empty(count, 1, width) for width, count in self.groups)
@@ -86,7 +89,7 @@ class Conditioning(nn.Module):
     def forward(self, t, z):
         """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""
         scale_t, shift_t = self.time(F.gelu(t)).chunk(2, dim=1)
-        scale_z = 1 + self._latent_scales(F.gelu(self.latent(z)))
+        scale_z = 1 if self.latent is None else 1 + self._latent_scales(F.gelu(self.latent(z)))
         scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 

@@ -26,7 +26,7 @@ AT_LEAST = {
     "train.keep_checkpoints": 1,
     "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
     "model.kernel_size": 1, "model.uno_res": 1, "model.uno_base_channels": 1, "model.uno_dropout_from_resolution": 0,
-    "model.uno_dropout": 0.0, "model.z_dim": 1, "model.kld_weight": 0.0,
+    "model.uno_dropout": 0.0, "model.z_dim": 0, "model.kld_weight": 0.0,
     "model.num_layers": 1, "model.hidden_dim": 1, "model.dropout": 0.0,
     "diffusion.steps": 1, "diffusion.gaussian_filter_std": 0.0, "diffusion.multiscale_max_img_size": 8,
     "mc_integral.q_sample": 1,
@@ -57,14 +57,21 @@ def read_autoencoder_config(flag):
     if "mc_integral" not in config:
         raise UserError(f"--{flag.name} is not an autoencoder config (it has no mc_integral section); "
                         "give one such as configs/ffhq_256_config.py")
-    _check(config, autoencoder_config(64), flag.name)
+    check_autoencoder_config(config, flag.name)
+    return config
+
+
+def check_autoencoder_config(config, name):
+    """UserError for a mistake in a stage-1 config; `name` is what the message calls it."""
+    _check(config, autoencoder_config(64), name)
     pixels, q_sample = config.data.img_size ** 2, config.mc_integral.q_sample
     if not config.model.knn_neighbours <= q_sample <= pixels:
-        raise UserError(f"{flag.name}.mc_integral.q_sample={q_sample} must lie between {config.model.knn_neighbours}, "
+        raise UserError(f"{name}.mc_integral.q_sample={q_sample} must lie between {config.model.knn_neighbours}, "
                         f"model.knn_neighbours, and {pixels}, the pixels of data.img_size={config.data.img_size}")
     if config.model.kernel_size % 2 == 0:
-        raise UserError(f"{flag.name}.model.kernel_size={config.model.kernel_size} must be odd")
-    return config
+        raise UserError(f"{name}.model.kernel_size={config.model.kernel_size} must be odd")
+    if config.model.stochastic_encoding and not config.model.z_dim:
+        raise UserError(f"{name}.model.stochastic_encoding=True needs an encoder; set model.z_dim, or turn it off")
 
 
 def read_latent_config(flag):

@@ -69,6 +69,19 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype)
 
 
+def peak_memory_gb(device):
+    """Most memory that tensors of this process have taken on a GPU or, on a CPU, the whole process; in 10^9 bytes.
+    0 on Windows without a GPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
 def keep_freed_memory():
     """Have glibc keep what is freed for the next step, in this process; does nothing with other C libraries.
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 
 from utils import distributed
@@ -100,3 +101,21 @@ def _start_wandb(config):
     import wandb  # slow to import, and not needed by most runs
     return wandb.init(project=run.name, name=run.experiment, id=run.experiment.replace("/", "-"), resume="allow",
                       dir=run.wandb_dir, mode=run.wandb_mode, config=config.to_dict())
+
+
+def training_seconds(metrics):
+    """Training time of the lines of read_metrics: each start of a run counts its own seconds from zero."""
+    total = last = 0.0
+    for line in metrics:
+        if "seconds" in line:
+            total += line["seconds"] - last if line["seconds"] >= last else line["seconds"]
+            last = line["seconds"]
+    return total
+
+
+def seconds_per_step(metrics):
+    """Median over the intervals between log lines, which leaves out compilation, validation and pictures; nan where
+    there is no interval."""
+    lines = [line for line in metrics if "seconds" in line]
+    return statistics.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in
+                              zip(lines, lines[1:], strict=False) if b["seconds"] > a["seconds"]] or [math.nan])

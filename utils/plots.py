@@ -27,3 +27,24 @@ def to_bytes(figure, kind):
     figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def dot_plot(names, panels):
+    """A figure with a line for each of N names, (group, name), and a column of dots for each of panels,
+    {title: N of (value, error) or None}. The lines of a group are of one colour."""
+    groups = list(dict.fromkeys(group for group, _ in names))
+    height = 0.6 + 0.23 * len(names)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 2.2 * len(panels), height), sharey=True, squeeze=False,
+                                layout="constrained")
+    for panel, (title, points) in zip(axes[0], panels.items(), strict=True):
+        for place, ((group, _), point) in enumerate(zip(names, points, strict=True)):
+            if point is not None:
+                value, error = point
+                panel.errorbar(value, place, xerr=error or None, fmt="o", markersize=4.5, capsize=2,
+                               color=f"C{groups.index(group) % 10}")
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.grid(axis="both", alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), [f"{group}: {name}" for group, name in names], fontsize=8)
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    return figure

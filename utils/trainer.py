@@ -10,7 +10,7 @@ from utils import distributed, rng
 from utils.checkpoint import check_same_architecture, load_weights
 from utils.checkpoint_folder import CheckpointFolder
 from utils.config import run_dir, write_config
-from utils.device import autocast, resolve_dtype
+from utils.device import autocast, peak_memory_gb, resolve_dtype
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.files import check_writable, remove_leftovers
@@ -125,7 +125,8 @@ class Trainer:
             if self.step % train.plot_graph_steps == 0:
                 averages = self._averages()
                 progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
-                log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2)})
+                log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2),
+                                        "peak_memory_gb": peak_memory_gb(self.device)})
             stop = request.agreed()
             if stop or self._due(train.checkpoint_steps):
                 self.save()

@@ -77,7 +77,7 @@ def draws(folder, name):
 
 
 def metrics(folder, name):
-    return [{key: value for key, value in line.items() if key != "seconds"}
+    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_gb")}
             for line in read_metrics(folder / name / "metrics.jsonl")]
 
 

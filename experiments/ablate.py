@@ -1,0 +1,149 @@
+"""Train and score variants of a config on a budget: one table, in results.md, .csv, .json and .png.
+
+    python experiments/ablate.py --config configs/ffhq_128_config.py --steps 100000 --output ablations
+    python experiments/ablate.py --config configs/demo_config.py --minutes 1 --axes subsampling,kernel \
+        --feature_model efficientnet_lite0
+
+The axes are the files of configs/ablations/. Each variant is trained by train_inf_ae_diffusion.py, in a process of its
+own, and then judged on held-out images: by the error of its estimate of x_0 (diffusion/evaluation.py), and by what it
+encodes and decodes again (PSNR after one blur for all, KID). The same command goes on where it was stopped. What has
+its result is not run again, and more axes can be added. Fields given as --config.… hold for all variants.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from configs import ablations
+from data.datasets import build_dataset
+from diffusion.samplers import SAMPLERS
+from experiments.ablation_runs import FirstImages, evaluate, make_variant, steps_in, train
+from utils import cli, config
+from utils.device import resolve_device
+from utils.environment import environment
+from utils.errors import UserError
+from utils.features import NETWORKS, build_feature_model
+from utils.files import replacing
+from utils.results import write_results
+
+CONFIG = config.define_config_flag("config", "config of the base, whose fields the variants change")
+AXES = flags.DEFINE_list("axes", ablations.AXES, "which files of configs/ablations/")
+STEPS = flags.DEFINE_integer("steps", None, "training steps of a variant", lower_bound=10)
+MINUTES = flags.DEFINE_float("minutes", None, "training time of a variant, in place of steps", lower_bound=0.05)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "held-out images to judge by, or all there are", lower_bound=4)
+SAMPLER = flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are decoded")
+SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
+FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS), "network for KID's features")
+WEIGHTS = flags.DEFINE_string("weights", None, "file with the weights of the feature network")
+DOWNLOAD = flags.DEFINE_bool("download", False, "download the weights if they are not on this machine")
+OUTPUT = flags.DEFINE_string("output", "ablations", "folder for the runs and the table")
+
+COLUMNS = {  # of results.md
+    "axis": lambda row: row["axis"], "variant": lambda row: row["variant"],
+    "denoising error": lambda row: f"{row['denoising_error']:.5f}",
+    "PSNR (dB)": lambda row: "–" if row["psnr"] is None else f"{row['psnr']:.2f}",
+    "KID": lambda row: f"{row['kid']:.4f} ± {row['kid_standard_error']:.4f}",
+    "steps": lambda row: str(row["steps"]), "ms per step": lambda row: f"{1000 * row['seconds_per_step']:.0f}",
+    "peak memory (GB)": lambda row: f"{row['peak_memory_gb']:.2f}",
+    "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.2f}",
+}
+PANELS = {  # of results.png
+    "denoising error": lambda row: (row["denoising_error"], None),
+    "PSNR (dB)": lambda row: None if row["psnr"] is None else (row["psnr"], None),
+    "KID": lambda row: (row["kid"], row["kid_standard_error"]),
+    "ms per step": lambda row: (1000 * row["seconds_per_step"], None),
+    "peak memory (GB)": lambda row: (row["peak_memory_gb"], None),
+}
+
+
+def main():
+    base = config.read_autoencoder_config(CONFIG)
+    if (STEPS.value is None) == (MINUTES.value is None):
+        raise UserError("give the budget of a variant either as --steps or as --minutes")
+    if unknown := set(AXES.value) - set(ablations.AXES):
+        raise UserError(f"--axes={','.join(sorted(unknown))} is unknown; choose from {','.join(ablations.AXES)}")
+    output = Path(OUTPUT.value)
+    variants = [make_variant(axis, name, changes) for axis in AXES.value
+                for name, changes in ablations.get_variants(axis, base).items()]
+    configs = {variant.experiment: variant.config(base, output) for variant in variants}
+    network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
+    heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
+    check_settings(output / "settings.json", base)
+
+    failed = []
+    for number, variant in enumerate(variants, 1):
+        print(f"{number} of {len(variants)}: {variant.axis}, {variant.name}", file=sys.stderr)
+        if not run(variant, configs[variant.experiment], heldout, network):
+            failed.append(f"{variant.axis}, {variant.name}")
+        write_table(output, variants)
+    print(f"results: {output / 'results.md'}")
+    if failed:
+        print(f"error: training failed for {'; '.join(failed)}; the same command tries again", file=sys.stderr)
+        sys.exit(1)
+
+
+def check_settings(path, base):
+    """Keep what all results of a folder have in common; UserError where it holds results of something else."""
+    settings = {"config": base.to_dict(), **{flag.name: flag.value for flag in (
+        STEPS, MINUTES, NUM_SAMPLES, SAMPLER, SAMPLING_STEPS, FEATURE_MODEL)}}
+    for field in ("output_dir", "experiment"):
+        del settings["config"]["run"][field]
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    saved = json.loads(path.read_text())
+    different = [name for name in settings if saved.get(name) != settings[name]]
+    if different:
+        raise UserError(f"--output={OUTPUT.value} holds results with another {' and another '.join(different)}; choose "
+                        "another folder, or give the command that it was made with")
+
+
+def run(variant, variant_config, heldout, network):
+    """Train and judge a variant, unless its result is there; whether it is now."""
+    record = config.run_dir(variant_config) / "result.json"
+    if record.exists():
+        return True
+    arguments = config_arguments(sys.argv[1:])
+    steps = STEPS.value or steps_in(MINUTES.value, variant_config, variant.changes, arguments)
+    if steps is None or not train(variant_config, variant.changes, arguments, steps):
+        return False
+    found = evaluate(variant_config, heldout, SAMPLER.value, SAMPLING_STEPS.value, network)
+    with replacing(record) as temporary:
+        temporary.write_text(json.dumps({**found, "commit": environment()["commit"]}, indent=2) + "\n")
+    return True
+
+
+def config_arguments(arguments):
+    """Those of the command line that make up --config and its fields."""
+    kept, follows = [], False
+    for argument in arguments:
+        if follows and not argument.startswith("--"):
+            kept.append(argument)
+            follows = False
+        elif re.match(r"--(no)?config(\.|=|$)", argument):
+            kept.append(argument)
+            follows = "=" not in argument
+        else:
+            follows = False
+    return kept
+
+
+def write_table(output, variants):
+    """results.* of the variants that have a result."""
+    rows = [{"axis": variant.axis, "variant": variant.name,
+             "changes": " ".join(f"{name}={value}" for name, value in variant.changes.items()),
+             **json.loads(record.read_text())}
+            for variant in variants if (record := output / variant.experiment / "result.json").exists()]
+    if rows:
+        write_results(output, rows, COLUMNS, PANELS)
+
+
+if __name__ == "__main__":
+    cli.run(main)
