@@ -53,7 +53,7 @@ class GaussianMollifier:
         x = _at_least_float32(x)
         if self.is_identity:
             return x
-        rows, columns = (_dct_matrix(length, x.device, x.dtype) for length in x.shape[-2:])
+        rows, columns = (dct_matrix(length, x.device, x.dtype) for length in x.shape[-2:])
         attenuation = torch.outer(*self._per_axis(_attenuation, x))
         gain = attenuation / (attenuation**2 + self.wiener_eps**2)
         with torch.autocast(x.device.type, enabled=False):
@@ -120,7 +120,7 @@ def _at_least_float32(x):
 
 
 @functools.lru_cache(maxsize=32)
-def _dct_matrix(length, device, dtype):
+def dct_matrix(length, device, dtype):
     """Orthonormal DCT-II [length, length]: row k is the k-th cosine."""
     k = torch.arange(length, dtype=torch.float64)
     matrix = torch.cos(math.pi * k[:, None] * (k + 0.5) / length) * math.sqrt(2 / length)
@@ -149,5 +149,5 @@ def _cosines(length, count, width, train_length, device, dtype):
 def _blur_matrix(length, width, device, dtype):
     """T along an axis, [length, length], symmetric."""
     cpu, double = torch.device("cpu"), torch.float64
-    dct = _dct_matrix(length, cpu, double)
+    dct = dct_matrix(length, cpu, double)
     return (dct.T @ (_attenuation(length, width, cpu, double)[:, None] * dct)).to(device, dtype)

@@ -1,7 +1,8 @@
 """Sample a folder of images, 00000.png, 00001.png, …, at any resolution.
 
     python experiments/generate_samples.py --config configs/ffhq_latent_config.py \
-        --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512]
+        --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512] \
+        [--window 0.25 0.25 0.5 0.5]
 
 A model without an encoder (model.z_dim=0) has no latent model; its own config is then --config.
 Image i is a function of run.seed and i: it does not depend on the batch size, or on the number of processes where
@@ -24,14 +25,16 @@ DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trai
 OPTIONS = define_sampling_flags()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many images; default: data.fid_samples",
                                    lower_bound=1)
+WINDOW = flags.DEFINE_string("window", None, "x0 y0 x1 y1, fractions of the image: sample this part of it alone, at "
+                             "the resolution of --sample_img_size")
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: samples/<experiment>_<size>")
 
 
 def main():
     latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
     make_samples(latent, autoencoder or config.read_autoencoder_config(DECODER_CONFIG), OPTIONS, NUM_SAMPLES.value,
-                 OUTPUT.value)
+                 OUTPUT.value, WINDOW.value)
 
 
 if __name__ == "__main__":
-    cli.run(main, shared=True)
+    cli.run(main, shared=True, several=["window"])

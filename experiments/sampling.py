@@ -1,5 +1,6 @@
 """What the scripts that sample a trained pair of models share: the flags, and a folder of images made with them."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from absl import flags
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, sample_latents
 from diffusion.samplers import SAMPLERS
+from diffusion.zoom import check_window, decode_window
 from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
 from models.tiles import check_max_points
 from utils import config, rng
@@ -50,13 +52,14 @@ def define_sampling_flags():
                              "time; fewer need less memory", lower_bound=1))
 
 
-def make_samples(cfg, decoder_cfg, options, total, output=None):
+def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     """Samples 0 to total − 1 of a trained pair of models as an ImageFolder; those that are there already are kept.
 
     cfg, decoder_cfg   checked configs of the latent model (None where there is no encoder) and of the autoencoder
     options            SamplingFlags
     total              how many; None: data.fid_samples of cfg
-    output             the folder; None: samples/<experiment>_<height>x<width>
+    output             the folder; None: samples/<experiment>_<height>x<width>[_<window>]
+    window             "x0 y0 x1 y1", fractions of the images: only this part of them
     Image i is a function of run.seed and i: it does not depend on the batch size or on interruptions.
     """
     if cfg is not None:
@@ -66,10 +69,16 @@ def make_samples(cfg, decoder_cfg, options, total, output=None):
                         "autoencoder's as --decoder_config (only with model.z_dim=0 it is sampled alone)")
     own = cfg or decoder_cfg
     height, width = size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
+    part = config.parse_window(window, size)
     sampler, steps, eta = options.sampler.value, options.steps.value, options.eta.value
     if eta and sampler != "ddim":
         raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
     diffusion = build_diffusion(decoder_cfg, steps)
+    draw, where = decode, ""
+    if part:
+        check_window(diffusion)
+        draw = functools.partial(decode_window, window=part)
+        where = "_rows_{}_{}_columns_{}_{}".format(*part[0], *part[1])
     device = resolve_device(own.run.device)
     dtype = resolve_dtype(decoder_cfg.train, device)
     autoencoder = load_autoencoder(decoder_cfg, device)
@@ -77,17 +86,18 @@ def make_samples(cfg, decoder_cfg, options, total, output=None):
     draw_latents, latent_settings = _latent_source(cfg, options, device, autoencoder["encoder"])
 
     folder = ImageFolder(
-        output or f"samples/{own.run.experiment}_{height}x{width}",
+        output or f"samples/{own.run.experiment}_{height}x{width}{where}",
         total=total or own.data.fid_samples,
-        settings={"size": [height, width], "seed": own.run.seed, "sampler": sampler, "steps": steps, "eta": eta,
+        settings={"size": [height, width], "window": part and [list(span) for span in part], "seed": own.run.seed,
+                  "sampler": sampler, "steps": steps, "eta": eta,
                   "decoder": identity(autoencoder_path(decoder_cfg)), **latent_settings})
 
     for indices, progress in folder.missing_batches(own.train.sample_size, evaluations=steps):
         z = draw_latents(indices)
         with autocast(device, dtype):
-            images = decode(autoencoder["decoder"], diffusion, z, size, sampler,
-                            rng.sample_generators(device, indices, own.run.seed, "image"),
-                            decoder_cfg.data.channels, eta, progress, max_points=options.max_points.value)
+            images = draw(autoencoder["decoder"], diffusion, z, size, sampler=sampler, eta=eta, progress=progress,
+                          generators=rng.sample_generators(device, indices, own.run.seed, "image"),
+                          channels=decoder_cfg.data.channels, max_points=options.max_points.value)
         folder.save(indices, images)
     return folder
 

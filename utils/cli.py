@@ -19,9 +19,10 @@ from utils.errors import UserError
 from utils.stop import INTERRUPTED, Stopped
 
 
-def run(main, shared=False):
+def run(main, shared=False, several=()):
     """Parse the command line and call main().
 
+    several  names of flags whose value may be several words, as in --window 0 0 0.5 1
     shared   whether the script divides its work among the processes that torchrun starts, or has to be the only one
     """
     app.define_help_flags()
@@ -29,7 +30,7 @@ def run(main, shared=False):
         distributed.start()
         if not shared and distributed.world_size() > 1:
             raise UserError(f"{sys.argv[0]} works in one process; start it with python, not with torchrun")
-        extra = _parse(sys.argv)
+        extra = _parse(_joined(sys.argv, several))
         if extra:
             raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
         level = logging.INFO if distributed.is_main() else logging.ERROR  # what all have to say, one says
@@ -97,6 +98,18 @@ def _config_file_error(error):
     places = [line for line in lines if line.startswith("File ") and not any(
         package in line for package in ("ml_collections", "absl", "importlib", __file__))]
     return UserError(f"a config file could not be loaded: {lines[-1]}" + (f", {places[-1]}" if places else ""))
+
+
+def _joined(argv, several):
+    """The words after each of these flags, up to the next flag, as one: absl takes one word."""
+    argv = list(argv)
+    for name in several:
+        if f"--{name}" in argv:
+            first = end = argv.index(f"--{name}") + 1
+            while end < len(argv) and not argv[end].startswith("--"):
+                end += 1
+            argv[first:end] = [" ".join(argv[first:end])]
+    return argv
 
 
 def _raised_in(error):

@@ -156,6 +156,22 @@ def parse_image_size(text, default, flag="sample_img_size"):
     return size
 
 
+def parse_window(text, size):
+    """((top, bottom), (left, right)) in pixels of an image of size (H, W), from "x0 y0 x1 y1" in fractions of it, or
+    None from None; all pixels that the window touches."""
+    if text is None:
+        return None
+    try:
+        x0, y0, x1, y1 = (float(word) for word in re.split(r"[\s,]+", text.strip()))
+    except ValueError:
+        x0 = y0 = x1 = y1 = -1.0
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
+                        "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+    return tuple((math.floor(round(first * length, 6)), math.ceil(round(end * length, 6)))
+                 for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1])))
+
+
 def _given(flag):
     if flag.value is None:
         raise UserError(f"--{flag.name} is missing; give a config file such as --{flag.name} configs/demo_config.py")

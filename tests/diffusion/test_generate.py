@@ -1,6 +1,7 @@
 """Encoding a part of the pixels, and decoding along another path."""
 
 import torch
+import torch.nn.functional as F
 
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode
@@ -23,6 +24,25 @@ def test_the_encoder_sees_known_pixels_alone():
     assert z.shape == (3, 6) and torch.equal(z, encode(encoder, other, known))
     assert not torch.allclose(z, encode(encoder, images))
     torch.testing.assert_close(encode(encoder, images, torch.ones_like(known)), encode(encoder, images))
+
+
+def test_every_resolution_shows_the_same_image():
+    """At 2 and 4 times the training resolution and at another aspect, reduced to it again.
+
+    Random weights do, as preconditioning makes the network but a part of the denoiser, as training would.
+    """
+    config = tiny_config()
+    config.diffusion.precondition = True
+    diffusion, decoder, z = build_diffusion(config, steps=5), tiny_decoder(), draw(3, 6)
+    images = {}
+    for size in ((16, 16), (32, 32), (64, 64), (48, 32)):
+        generators = sample_generators("cpu", range(3), "image")
+        image = decode(decoder, diffusion, z, size, "ddim", generators, eta=0.5)
+        images[size] = F.interpolate(image, (16, 16), mode="area")
+    expected = images.pop((16, 16))
+    for size, image in images.items():
+        same, other = ((image - of).square().mean().sqrt() for of in (expected, expected.roll(1, 0)))
+        assert same < 0.15 * other, size
 
 
 def test_a_path_takes_the_place_of_the_sampler():

@@ -144,6 +144,18 @@ def test_less_memory_gives_the_same_images(trained, tmp_path):
                 assert (image.int() - less[name].int()).abs().max() <= 1
 
 
+def test_a_window_of_a_large_image(trained, tmp_path):
+    whole = sample(trained[2], tmp_path / "whole", "--num_samples=2", "--sample_img_size=32x24")
+    for words in (["--window", "0", "0.25", "0.5", "0.7"], ["--window=0,0.25,0.5,0.7"]):
+        part = sample(trained[2], tmp_path / words[0], *words, "--num_samples=2", "--sample_img_size=32x24")
+        for name, image in part.items():
+            difference = (image - whole[name][:, 8:23, :12].float()) / whole[name].float().std()
+            assert image.shape == (3, 15, 12) and difference.square().mean().sqrt() < 0.1
+    result = run_script(SAMPLES, *trained[2], "--sampling_steps=3", "--sample_img_size=32x24", "--output",
+                        tmp_path / "whole", "--window", "0", "0", "1", "1")
+    assert "holds images made with window=None" in only_line(result)
+
+
 def test_samplers_and_eta(trained, tmp_path):
     plain = sample(trained[2], tmp_path / "ddim", "--num_samples=1")
     for name, *flags in (("ddpm", "--sampler=ddpm"), ("eta", "--eta=1"),
