@@ -31,9 +31,9 @@ def test_every_resolution_shows_the_same_image():
 
     Random weights do, as preconditioning makes the network but a part of the denoiser, as training would.
     """
-    config = tiny_config()
+    config = tiny_config(kernel_size=5)
     config.diffusion.precondition = True
-    diffusion, decoder, z = build_diffusion(config, steps=5), tiny_decoder(), draw(3, 6)
+    diffusion, decoder, z = build_diffusion(config, steps=5), tiny_decoder(kernel_size=5), draw(3, 6)
     images = {}
     for size in ((16, 16), (32, 32), (64, 64), (48, 32)):
         generators = sample_generators("cpu", range(3), "image")
