@@ -1,6 +1,7 @@
-"""What inpaint.py and interpolate.py share: which images they take, latents from a latent model, the file of scores."""
+"""What the applications share: which images they take, latents from a latent model, the file of scores."""
 
 import json
+import math
 
 from data.inputs import folder_images, heldout_images
 from diffusion.gaussian_diffusion import build_diffusion
@@ -11,6 +12,20 @@ from utils.checkpoint import identity
 from utils.device import autocast, resolve_dtype
 from utils.errors import UserError
 from utils.files import replacing
+
+
+def check_finite(*flags):
+    """UserError where a float flag is nan or infinite, which absl lets pass."""
+    for flag in flags:
+        if not math.isfinite(flag.value):
+            raise UserError(f"--{flag.name}={flag.value} must be a finite number")
+
+
+def check_encoder(cfg):
+    """UserError for a model without an encoder."""
+    if not cfg.model.z_dim:
+        raise UserError("config.model.z_dim=0: without an encoder images have no latents; give the config of a model "
+                        "that has one")
 
 
 def read_images(cfg, folder, size, count):

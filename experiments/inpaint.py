@@ -20,7 +20,7 @@ from data.masks import KINDS, make_masks
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, encode
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
-from experiments.application import latent_sampler, read_images, write_scores
+from experiments.application import check_finite, latent_sampler, read_images, write_scores
 from models.load import autoencoder_path, load_autoencoder
 from utils import cli, config, rng
 from utils.checkpoint import identity
@@ -50,6 +50,7 @@ SHOWN = 8  # rows of the grid
 
 def main():
     cfg = config.read_autoencoder_config(CONFIG)
+    check_finite(GUIDANCE, CONSISTENCY)
     diffusion = build_diffusion(cfg, STEPS.value)
     device = resolve_device(cfg.run.device)
     dtype = resolve_dtype(cfg.train, device)

@@ -233,6 +233,30 @@ def test_guidance_and_jumps_each_bring_the_unknown_in_tune_with_the_known(guidan
     assert mean_error(inpainted(guidance, jumps)) < 0.8 * mean_error(inpainted(0.0, 0))
 
 
+def test_super_resolution_of_normal_images_is_nearer_to_their_conditional_mean_than_interpolation():
+    """The mean of samples whose estimates meet the data; A⁺y is the smallest image that does."""
+    side, count, schedule = 8, 500, schedule_of(50)
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    covariance = 0.25 * torch.exp(-torch.cdist(place, place) / 3)
+    operator = Downsampling((side, side), (4, 4))
+    low = operator.forward((torch.linalg.cholesky(covariance) @ draw(side**2, seed=11)).view(1, 1, side, side))
+    matrix = operator.forward(torch.eye(side**2, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T  # A
+    gain = covariance @ matrix.T @ torch.linalg.inv(matrix @ covariance @ matrix.T)
+    mean = (gain @ low.flatten()).view(side, side)
+
+    def denoise(x, t):
+        a = schedule.alpha_bar[t[0]]
+        best = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(side**2))
+        return (x.flatten(1) @ best).view_as(x)
+
+    denoise = Consistent(denoise, Constraint(operator, low, GaussianMollifier(0.0)))
+    *_, (_, x) = ddim(denoise, draw(count, 1, side, side), schedule, 1.0, generator("cpu", 1))
+    torch.testing.assert_close(operator.forward(x), low.expand(count, -1, -1, -1))
+    ours, plain = ((estimate - mean).square().mean().sqrt() for estimate in
+                   (x.mean((0, 1)), operator.pseudo_inverse(low)[0, 0]))
+    assert ours < 0.5 * plain
+
+
 def test_consistent_estimates_meet_the_data_whatever_the_sampler():
     constraint, schedule = constraint_of(sigma=0.0), schedule_of(6)
 

@@ -6,29 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
-from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.images import read_image
 
 INPAINT = "experiments/inpaint.py"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(folder, autoencoder config, latent config) of a trained pair of models, with 4 held-out images of 20²."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_folder(folder / "data", 80)
-    ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
-    latent = write_config_file(tiny_latent_config(folder / "checkpoints"), folder / "latent.py")
-    assert run_script("train_inf_ae_diffusion.py", "--config", ae).code == 0
-    assert run_script("train_latent_diffusion.py", "--config", latent, "--decoder_config", ae).code == 0
-    return folder, ae, latent
-
-
 def inpaint(trained, output, *flags):
     """({name: list of uint8 images}, scores) of a run."""
-    result = run_script(INPAINT, "--config", trained[1], "--sampling_steps=3", "--output", output, *flags)
+    result = run_script(INPAINT, *trained[1], "--sampling_steps=3", "--output", output, *flags)
     assert result.code == 0, result.err
     folders = {name: [read_image(path) for path in sorted((output / name).glob("*.png"))]
                for name in ("originals", "masked", "generated", "results")}
@@ -65,7 +51,7 @@ def test_each_option_changes_the_result_and_the_batch_does_not(trained, tmp_path
     same = inpaint(trained, tmp_path / "same", "--num_samples=3", "--config.train.sample_size=3")[0]["results"]
     assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(plain, same, strict=True))
     for name, *flags in (("guidance", "--guidance=0"), ("jumps", "--jumps=1"), ("seed", "--config.run.seed=1"),
-                         ("consistency", "--consistency=0.5"), ("latent", "--latent_config", trained[2])):
+                         ("consistency", "--consistency=0.5"), ("latent", "--latent_config", trained[2][1])):
         other = inpaint(trained, tmp_path / name, "--num_samples=3", *flags)[0]["results"]
         assert not torch.equal(other[0], plain[0]), name
 
@@ -95,9 +81,10 @@ def test_another_resolution_and_shape(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, named", [
     (["--mask=absent.png"], "--mask=absent.png is neither one of centre"),
-    (["--guidance=-1"], "guidance"), (["--consistency=2"], "consistency"), (["--jumps=-1"], "jumps"),
+    (["--guidance=-1"], "guidance"), (["--guidance=inf"], "--guidance=inf"), (["--guidance=nan"], "--guidance=nan"),
+    (["--consistency=2"], "consistency"), (["--jumps=-1"], "jumps"),
     (["--sampling_steps=21"], "21 sampling steps"), (["--num_samples=0"], "num_samples"),
-    (["--sample_img_size=32"], "less than the 32x32 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
+    (["--sample_img_size=21"], "less than the 21x21 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
     (["--input=absent"], "--input=absent has no images"),
     (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 is for held-out images"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
@@ -105,7 +92,7 @@ def test_another_resolution_and_shape(trained, tmp_path):
 ])
 def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
-    assert named in only_line(run_script(INPAINT, "--config", trained[1], "--sampling_steps=3", *flags))
+    assert named in only_line(run_script(INPAINT, *trained[1], "--sampling_steps=3", *flags))
     assert not list(tmp_path.iterdir())
 
 
@@ -113,6 +100,6 @@ def test_a_mask_that_leaves_too_little_is_one_line(trained, tmp_path):
     mask = Image.new("L", (16, 16), 255)
     mask.putpixel((3, 4), 0)
     mask.save(tmp_path / "mask.png")
-    line = only_line(run_script(INPAINT, "--config", trained[1], "--mask", tmp_path / "mask.png",
+    line = only_line(run_script(INPAINT, *trained[1], "--mask", tmp_path / "mask.png",
                                 "--sampling_steps=3"))
     assert "fewer known pixels than model.knn_neighbours=3" in line
