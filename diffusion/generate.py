@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.coordinates import Coordinates
-from diffusion.samplers import sample
+from diffusion.samplers import ddim_invert, sample
 from models.tiles import decoder_in_parts, encoder_in_parts
 from utils import rng
 
@@ -56,6 +56,20 @@ def decode(
                 progress(len(latents) / len(z))
         images.append(diffusion.mollifier.sharpen(state).clamp(-1, 1))
     return torch.cat(images)
+
+
+@torch.no_grad()
+def invert(decoder, diffusion, images, z, progress=None, max_points=None):
+    """The state of the last step, [B, C, H, W], that ddim leads back to images [B, C, H, W] with latents z [B, Z].
+
+    progress and max_points as in decode; the chain's first state, T x_0, is there without a step.
+    """
+    coords = Coordinates.full(len(z), images.shape[-2:], z.device)
+    denoise = diffusion.denoiser(functools.partial(_decoder, decoder, z, coords, max_points), coords)
+    for _, state in ddim_invert(denoise, diffusion.mollifier.blur(images), diffusion.schedule):
+        if progress:
+            progress(1)
+    return state
 
 
 @torch.no_grad()

@@ -1,11 +1,16 @@
-"""What the applications share: which images they take, latents from a latent model, the file of scores."""
+"""What the applications share: which images they take, latents of a data set or a latent model, the file of scores."""
 
 import json
 import math
 
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
 from data.inputs import folder_images, heldout_images
+from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import sample_latents
+from diffusion.generate import encode, sample_latents
 from models.load import latent_path, load_latent_model
 from utils import config, rng
 from utils.checkpoint import identity
@@ -40,6 +45,13 @@ def read_images(cfg, folder, size, count):
         raise UserError(f"--sample_img_size={size} is for held-out images, and those of --input keep their size; leave "
                         "it out")
     return folder_images("input", folder, cfg.data.channels, count)
+
+
+def encode_all(encoder, dataset, count, batch_size, device):
+    """Latents [N, Z] of the first `count` images of a data set, or as many as it has, on the device."""
+    part = Subset(dataset, range(min(count, len(dataset))))
+    batches = tqdm(all_batches(part, batch_size, device), "encoding", -(-len(part) // batch_size), unit="batch")
+    return torch.cat([encode(encoder, images) for images, _ in batches])
 
 
 def latent_sampler(flag, cfg, device, encoder):

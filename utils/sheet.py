@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from utils.files import replacing
-from utils.images import to_pil
+from utils.images import tile, to_pil
 
 SMALLEST = 96  # pixels of an image on a sheet, so that labels fit
 HEADING = 16  # pixels above the columns
@@ -34,8 +34,14 @@ def save_sheet(columns, path):
         labelled_sheet(columns).save(temporary, format="PNG")
 
 
-def save_gif(frames, path, milliseconds=80):
-    """Write uint8 frames [N, C, H, W] as an animation that runs to the end and back, for ever."""
-    frames = [to_pil(frame) for frame in torch.cat([frames, frames[1:-1].flip(0)])]
+def save_gif(frames, path, columns, milliseconds=120):
+    """Write an animation that runs to the end and back, for ever.
+
+    frames   list of lists of uint8 images [C, H, W], shown together in so many columns, enlarged as on a sheet
+    """
+    factor = -(-SMALLEST // frames[0][0].shape[2])
+    tiled = [to_pil(tile(torch.stack(images), columns)) for images in frames]
+    frames = [frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
+              for frame in [*tiled, *tiled[-2:0:-1]]]
     with replacing(path) as temporary:
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode
-from diffusion.samplers import sample
+from diffusion.generate import decode, encode, invert
+from diffusion.samplers import ddim, sample
 from tests.models.tiny import SIZE, tiny_config, tiny_decoder, tiny_encoder
 from utils.rng import randn, sample_generators
 
@@ -57,3 +57,21 @@ def test_a_path_takes_the_place_of_the_sampler():
     assert torch.equal(decode(decoder, diffusion, z, (9, 12), None, generators, progress=steps.append, path=path),
                        expected)
     assert steps == [1] * 4
+
+
+def test_inversion_leads_back_to_the_image():
+    """With the best denoiser of normal images, which is what a preconditioned network is that has learned nothing."""
+    config = tiny_config()
+    config.diffusion.precondition = True
+    diffusion, z, steps = build_diffusion(config, steps=200), draw(2, 6), []
+
+    def decoder(values, t, z, coords):
+        return torch.zeros_like(values)
+
+    images = 0.3 * diffusion.mollifier.blur(draw(2, 3, 9, 12, seed=5))
+    x = invert(decoder, diffusion, images, z, steps.append)
+    ends = [decode(decoder, diffusion, z, (9, 12), path=lambda denoise, noise, x=x: ddim(
+        denoise, noise if x is None else x, diffusion.schedule)) for x in (x, None)]
+    limit = diffusion.mollifier.sharpen(diffusion.mollifier.blur(images))
+    near, far = ((end - limit).square().mean() for end in ends)
+    assert steps == [1] * 200 and x.shape == images.shape and near < 0.01 * far

@@ -28,9 +28,10 @@ def test_images_larger_than_the_least_keep_their_size():
 
 
 def test_an_animation_runs_there_and_back(tmp_path):
-    frames = torch.arange(4, dtype=torch.uint8)[:, None, None, None] * 60 + torch.zeros(4, 1, 8, 9, dtype=torch.uint8)
-    save_gif(frames, tmp_path / "a.gif")
+    frames = [[torch.full((1, 8, 48), shade, dtype=torch.uint8)] * 3 for shade in (0, 60, 120, 180)]
+    save_gif(frames, tmp_path / "a.gif", columns=2)
     with Image.open(tmp_path / "a.gif") as animation:
-        shades = [np.array(frame.convert("L"))[0, 0] for frame in ImageSequence.Iterator(animation)]
-        assert animation.info["loop"] == 0 and animation.size == (9, 8)
-    assert shades == [0, 60, 120, 180, 120, 60]
+        shades, times = zip(*((np.array(frame.convert("L"))[0, 0], frame.info["duration"])
+                              for frame in ImageSequence.Iterator(animation)), strict=True)
+        assert animation.info["loop"] == 0 and animation.size == (2 * SMALLEST, 2 * 16)
+    assert shades == (0, 60, 120, 180, 120, 60) and set(times) == {120}
