@@ -108,7 +108,7 @@ def main():
         cfg, "autoencoder", modules,
         loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
-                                              num_workers=cfg.data.num_workers, device=device,
+                                              num_workers=cfg.data.num_workers, device=device, augment=train_set.flips,
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),

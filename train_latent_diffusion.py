@@ -90,7 +90,9 @@ def main():
     autoencoder = load_autoencoder(decoder_cfg, device)
     encoder, dtype = autoencoder["encoder"], resolve_dtype(decoder_cfg.train, device)
     datasets = build_dataset(decoder_cfg, train=True), build_dataset(decoder_cfg, train=False)
-    config.check_batch_fits(cfg, 2 * len(datasets[0]), "latents, of images and their mirror images,")
+    count, both = len(datasets[0]), datasets[0].flips
+    config.check_batch_fits(cfg, 2 * count if both else count,
+                            "latents, of images and their mirror images," if both else "latents")
     key = latents_key(encoder, dtype, *datasets)
 
     # Before the latents, which can take an hour: a trainer refuses at once what it cannot go on with.

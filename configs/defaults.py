@@ -24,8 +24,11 @@ def autoencoder_config(img_size):
     run.seed = 0
 
     config.data = data = ConfigDict()
-    data.name = "photos"  # photos, folder, ffhq, celeba, churches
+    data.name = "photos"  # photos, folder, ffhq, celeba, churches, function
     data.root_dir = ""
+    data.function = ""  # module:attribute of a callable, for function; the module is imported, so its code runs
+    data.num_functions = 10_000  # functions 0, 1, … to train on
+    data.num_heldout_functions = 512  # and the next ones, held out
     data.img_size = img_size
     data.channels = 3
     data.fid_samples = 50_000

@@ -1,4 +1,4 @@
-"""The training set of the latent model: every image and its mirror image, encoded once and kept on disk."""
+"""The training set of the latent model: every image, with its mirror image, encoded once and kept on disk."""
 
 import hashlib
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ def latents_key(encoder, dtype, *datasets):
 
 
 def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, num_workers=0):
-    """Latents of both sets and their mirror images, from the cache at `path` if it has the key, else encoded anew, by
-    each process a part.
+    """Latents of both sets and, where a data set `flips`, their mirror images, from the cache at `path` if it has the
+    key, else encoded anew, by each process a part.
 
     key       of latents_key
     encode    images [B, C, H, W] -> latents [B, Z]
@@ -57,8 +57,9 @@ def _read(path, key):
 
 def _encode_all(encode, dataset, batch_size, device, num_workers, title):
     latents = []
-    with tqdm(total=2 * len(dataset), desc=title, unit="image", disable=not distributed.is_main()) as progress:
-        for mirrored in (False, True):
+    sides = (False, True) if dataset.flips else (False,)
+    with tqdm(total=len(sides) * len(dataset), desc=title, unit="image", disable=not distributed.is_main()) as progress:
+        for mirrored in sides:
             own = []
             for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored=mirrored, divided=True):
                 own.append(encode(images).float().cpu())

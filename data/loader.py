@@ -10,6 +10,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Subset
 
 from data.workers import map_in_workers
 from utils import distributed
@@ -61,8 +62,8 @@ def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False
 
 
 def to_float(images):
-    """uint8 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 to float32 in [-1, 1]; what is float32 already stays."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def training_item(count, seed, position, augment):
@@ -88,5 +89,11 @@ def _load(dataset, batches_of_keys, num_workers, device):
 
 
 def _fetch(dataset, keys):
-    images = [dataset[item].flip(-1) if flipped else dataset[item] for _, item, flipped in keys]
+    images = [_read(dataset, item).flip(-1) if flipped else _read(dataset, item) for _, item, flipped in keys]
     return torch.stack(images), torch.tensor([index for index, _, _ in keys])
+
+
+def _read(dataset, item):
+    if isinstance(dataset, Subset):
+        return _read(dataset.dataset, dataset.indices[item])
+    return dataset.exact(item) if hasattr(dataset, "exact") else dataset[item]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from data.datasets import build_dataset
+from data.datasets.functions import Functions
 from data.lmdb_writer import write_prepared
 from utils import cli, config
 from utils.errors import UserError
@@ -30,6 +31,8 @@ def main():
     cfg = config.read_autoencoder_config(CONFIG)
     if OUTPUT.value is None:
         raise UserError("--output is missing; give the folder to write to")
+    if cfg.data.name == Functions.name:
+        raise UserError("data.name='function' is evaluated at any resolution, not read; there is nothing to prepare")
     train_set, held_out_set = (build_dataset(cfg, train, SIZE.value) for train in (True, False))
     record = write_prepared(train_set, held_out_set, OUTPUT.value, WORKERS.value)
     train, held_out = record["parts"]["train"], record["parts"]["held_out"]

@@ -4,11 +4,12 @@ from data.datasets.celeba import CelebA
 from data.datasets.churches import Churches
 from data.datasets.ffhq import FFHQ
 from data.datasets.folder import Folder
+from data.datasets.functions import Functions
 from data.datasets.photos import Photos
 from data.datasets.prepared import Prepared, is_lmdb
 from utils.errors import UserError
 
-DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches)}
+DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches, Functions)}
 
 
 def build_dataset(config, train, img_size=None):
@@ -27,6 +28,8 @@ def build_dataset(config, train, img_size=None):
         raise UserError(f"data.channels={data.channels} must be 1 (grey) or 3 (RGB)")
     if data.name not in DATASETS:
         raise UserError(f"data.name={data.name!r} is not one of {', '.join(DATASETS)}")
+    if data.name == Functions.name:
+        return Functions(data.function, (data.num_functions, data.num_heldout_functions), train, size, data.channels)
     if is_lmdb(data.root_dir):
         return Prepared(data.root_dir, train, size, data.channels, data.name)
     return DATASETS[data.name](data.root_dir, train, size, data.channels)

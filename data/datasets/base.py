@@ -26,6 +26,7 @@ class ImageDataset:
     """
 
     name = None  # in the registry
+    flips = True  # mirror images are as good as the images: training shows both
     in_memory = False  # items are kept after they were read once, so worker processes would only do it again
 
     def __init__(self, root, train, size, channels):
@@ -53,6 +54,10 @@ class ImageDataset:
     def read(self, index):
         """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE where it cannot be read."""
         return load_image(self._open(self.keys[index]), self.size, self.channels)
+
+    def exact(self, index):
+        """Image `index` for a model: as it is, or float32 [C, H, W] in [−1, 1] where 8 bits would be a loss."""
+        return self[index]
 
     def source_size(self, index):
         """(H, W) of image `index` as it is stored, before it is cropped and resized."""

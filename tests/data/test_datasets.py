@@ -146,7 +146,7 @@ def test_unknown_names_sizes_and_channels(tmp_path):
         build_dataset(config("photos"), True, (16, 0))
     with pytest.raises(UserError, match="data.channels=4"):
         build_dataset(config("photos", channels=4), True)
-    assert set(DATASETS) == {"photos", "folder", "ffhq", "celeba", "churches"}
+    assert set(DATASETS) == {"photos", "folder", "ffhq", "celeba", "churches", "function"}
 
 
 def break_file(path, how):

@@ -91,8 +91,18 @@ MISTAKES = [
     ("run.output_dir=config.py/below", "run.output_dir='config.py/below': 'config.py' is not a folder"),
     ("data.name=folder data.root_dir=/nowhere/at/all", "data.root_dir='/nowhere/at/all' is not a folder; set it to"),
     ("data.name=folder data.root_dir=config.py", "data.root_dir='config.py' is not a folder; set it to"),
+    # functions
+    ("data.name=function", "data.function='' must be module:attribute, the name of a callable such as"),
+    ("data.name=function data.function=nowhere.at_all:f", "data.function='nowhere.at_all:f': the module"),
+    ("data.name=function data.function=math:sine", "'math' has no 'sine'; did you mean 'sin'?"),
+    ("data.name=function data.function=math:pi", "data.function='math:pi' is of type float; it must be a callable"),
+    ("data.name=function data.function=math:sin", "data.function='math:sin' failed for function 0: TypeError"),
+    ("data.name=function data.function=data.random_fields:gaussian_field", "[6, 8, 3] are needed, the last for data"),
+    ("data.num_functions=0", "data.num_functions=0 must be at least 1"),
+    ("data.num_heldout_functions=0", "data.num_heldout_functions=0 must be at least 1"),
     # what would be run if a path were ever given to a shell
     ("data.name=folder 'data.root_dir=$(touch it)`touch it`;touch it'", "data.root_dir='$(touch it)`touch it`;touch"),
+    ("data.name=function 'data.function=$(touch it)`touch it`;touch it'", "must be module:attribute"),
     ("'run.output_dir=config.py/$(touch it)`touch it`;touch it'", "is not a folder"),
 ]
 

@@ -11,7 +11,7 @@ from diffusion.generate import reconstruction_scores
 from diffusion.mollifier import GaussianMollifier
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
-from tests.tiny import tiny_config, tiny_latent_config, write_config_file
+from tests.tiny import tiny_config, write_config_file
 from utils.checkpoint import load_checkpoint
 from utils.images import read_image
 from utils.logging import read_metrics
@@ -291,18 +291,6 @@ def test_dropout_is_off_when_sampling(trained, tmp_path, monkeypatch):
         calls.append(training), original(x, p, training, inplace))[1])
     sample(trained[2], tmp_path / "s", "--num_samples=1")
     assert calls and not any(calls)
-
-
-def test_grey_images_with_worker_processes_through_every_script(tmp_path):
-    write_folder(tmp_path / "data", 80, mode="L")
-    config, latent = tiny_config(tmp_path, tmp_path / "data", "folder"), tiny_latent_config(tmp_path)
-    config.data.channels, config.data.num_workers = 1, 2
-    single = ["--config", write_config_file(config, tmp_path / "ae.py")]
-    both = ["--config", write_config_file(latent, tmp_path / "latent.py"), "--decoder_config", single[1]]
-    assert run_script(STAGE_1, *single).code == 0
-    assert run_script(STAGE_2, *both).code == 0
-    assert sample(both, tmp_path / "s", "--num_samples=1")["00000.png"].shape == (1, 16, 16)
-    assert run_script(RECONS, *single, "--sampling_steps=2", "--output", tmp_path / "r").code == 0
 
 
 def test_wandb_offline_keeps_numbers_and_pictures(tmp_path):

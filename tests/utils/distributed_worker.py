@@ -29,6 +29,8 @@ from utils.trainer import Trainer
 class Numbers:
     """A data set of `count` images, each of one colour of its own."""
 
+    flips = True
+
     def __init__(self, count):
         self.count = count
 

@@ -1,0 +1,134 @@
+"""Functions over [0, 1]² as images of any resolution: a data set that a Python callable evaluates."""
+
+import difflib
+import functools
+import importlib
+import traceback
+
+import torch
+
+from data.coordinates import Coordinates
+from data.datasets.base import ImageDataset
+from utils.errors import UserError
+from utils.images import to_uint8
+
+PROBE = (6, 8)  # rows and columns of positions at which a callable is tried before it is used
+SAME = 1e-3  # values that differ by less are those of one function
+ROUNDING = 1e-5  # by which values may leave [−1, 1]
+
+
+class Functions(ImageDataset):
+    """Functions f(positions, index) -> values, at the pixel centres of any size: item i is one function at all sizes.
+
+    path       data.function, which names the callable (load_function). It takes positions, float32 [..., 2], (x, y) in
+               [0, 1], and the index of a function, int; it returns the function's values there, [..., C] in [−1, 1], as
+               tensor or array. They must not depend on anything else: not on the other positions, and what is random
+               has to be drawn from a generator seeded by the index.
+    counts     how many there are to train on, which have the indices 0, 1, …, and how many are held out, the next ones
+
+    Raises UserError for a callable that does not do so: before training where the first function shows it.
+    """
+
+    name = "function"
+    flips = False  # the mirror image of a function may be none of those that the model should learn
+
+    def __init__(self, path, counts, train, size, channels):
+        super().__init__(path, train, size, channels)
+        self.keys = range(counts[0]) if train else range(counts[0], sum(counts))
+        _check_function(path, self.keys[0], channels)
+
+    def exact(self, index):
+        """Function `index` as float32 [C, H, W] in [−1, 1]."""
+        return evaluate(self.root, pixel_centres(self.size), self.keys[index], self.channels).permute(2, 0, 1)
+
+    def read(self, index):
+        """Function `index` as uint8 [C, H, W]."""
+        return to_uint8(self.exact(index))
+
+    def source_size(self, index):
+        """(H, W) of the items: a function has as many pixels as are asked for."""
+        return self.size
+
+    def label(self, index):
+        """What to call function `index` in a message."""
+        return f"function {self.keys[index]}"
+
+    def _version(self):
+        """Values of some functions: the code may change without them, and they without the code of one file."""
+        for index in self.keys[::max(1, len(self) // 4)]:
+            yield evaluate(self.root, pixel_centres(PROBE), index, self.channels).numpy().tobytes()
+
+
+def pixel_centres(size):
+    """Positions of the pixels of an H×W image, float32 [H, W, 2], (x, y) in [0, 1]."""
+    return Coordinates.full(1, size).positions[0].unflatten(0, size).clone()
+
+
+@functools.cache
+def load_function(path):
+    """The callable at "module:attribute" or "package.module.attribute". The module is imported, so its code runs.
+
+    UserError where there is no such thing.
+    """
+    where = f"data.function={path!r}"
+    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module or not attribute:
+        raise UserError(f"{where} must be module:attribute, the name of a callable such as "
+                        "data.random_fields:gaussian_field")
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the code of a user raises
+        raise UserError(f"{where}: the module {module!r} cannot be imported ({_told(error)}); give one that is "
+                        "installed or below a folder of PYTHONPATH") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, dir(found), n=1)
+            raise UserError(f"{where}: {module!r} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                                       "; give module:attribute"))
+        found = getattr(found, name)
+    if not callable(found):
+        raise UserError(f"{where} is of type {type(found).__name__}; it must be a callable f(positions, index)")
+    return found
+
+
+@torch.no_grad()
+def evaluate(path, positions, index, channels):
+    """Values float32 [..., C] on the CPU of function `index` at positions [..., 2]; UserError for any other outcome."""
+    function, where = load_function(path), f"data.function={path!r}"
+    try:
+        values = function(positions, index)
+        values = torch.as_tensor(values).cpu()
+    except Exception as error:  # whatever the code of a user raises
+        raise UserError(f"{where} failed for function {index}: {_told(error)}") from error
+    expected = (*positions.shape[:-1], channels)
+    if values.shape != expected or values.is_complex():
+        raise UserError(f"{where} returned {values.dtype} {list(values.shape)} for positions {list(positions.shape)}; "
+                        f"real values {list(expected)} are needed, the last for data.channels={channels}")
+    values = values.float()
+    if not values.isfinite().all():
+        raise UserError(f"{where} returned values that are not finite for function {index}; mend it")
+    largest = values.abs().max().item()
+    if largest > 1 + ROUNDING:
+        raise UserError(f"{where} returned a value of size {largest:.4g} for function {index}; all must lie in "
+                        "[-1, 1], so scale or clip them")
+    return values.clamp(-1, 1)
+
+
+def _check_function(path, index, channels):
+    """UserError where values depend on more than their own position and the index."""
+    def values(rows, columns):
+        return evaluate(path, pixel_centres(PROBE)[rows, columns].contiguous(), index, channels)
+
+    everywhere, part = slice(None), (slice(1, 4), slice(2, 7))
+    first = values(everywhere, everywhere)
+    for again, wanted, reason in (
+            (values(everywhere, everywhere), first, "when called again; draw from a generator seeded by the index"),
+            (values(*part), first[part], "where fewer positions are asked for; a value must depend on its own alone")):
+        if (again - wanted).abs().max() > SAME:
+            raise UserError(f"data.function={path!r} returned other values for function {index} {reason}")
+
+
+def _told(error):
+    """What was raised and where, for one line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}, {frame.filename}:{frame.lineno}"
