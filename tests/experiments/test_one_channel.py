@@ -47,6 +47,11 @@ def test_every_script(tmp_path, monkeypatch, source):
     run("experiments/generate_recons.py", *single, "--sampling_steps=2", "--output", made / "recons")
     run("experiments/generate_noise.py", *single, "--output", made / "noise")
     run("experiments/inpaint.py", *single, "--sampling_steps=2", "--num_samples=2", "--output", tmp_path / "inpainted")
+    run("experiments/interpolate.py", *single, "--sampling_steps=2", "--num_pairs=1", "--frames=3", "--directions=1",
+        "--encodings=5", "--output", tmp_path / "walks")
+    if source is not grey_folder:  # its pictures have no more pixels
+        run("experiments/super_resolution.py", *single, "--sampling_steps=2", "--num_samples=2", "--output",
+            tmp_path / "enlarged")
     run("experiments/calculate_fid.py", *single, "--split=heldout", "--samples", made / "samples", "--neighbours=2",
         "--feature_model=efficientnet_lite0", "--output", made / "scores.json")
     run("experiments/export_weights.py", *single)
