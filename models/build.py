@@ -5,6 +5,7 @@ from functools import partial
 from models.attention import check_attention
 from models.autoencoder import NoEncoder, PointsToGrid, SparseEncoder, SparseUNet
 from models.grid_unet import GridDown, GridSpec, GridUNet, Stage
+from models.initialisation import preserve_variance
 from models.latent_mlp import MLPSkipNet
 from models.recompute import recompute_activations
 from models.sparse_block import SparseBlock
@@ -27,6 +28,7 @@ def build_decoder(config):
         time_emb_dim=model.time_emb_dim,
         z_dim=model.z_dim,
     )
+    preserve_variance(decoder)
     _recompute_if_asked(config, decoder)
     _compile_if_asked(config, decoder.grid_unet)
     return decoder
@@ -46,6 +48,7 @@ def build_encoder(config):
         model.z_dim,
         model.stochastic_encoding,
     )
+    preserve_variance(encoder)
     _recompute_if_asked(config, encoder)
     _compile_if_asked(config, encoder.grid_down)
     return encoder

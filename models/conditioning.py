@@ -82,9 +82,8 @@ class Conditioning(nn.Module):
         self.latent_weights = nn.ParameterList(torch.empty(count, width, width) for width, count in self.groups)
         self.latent_biases = nn.ParameterList(torch.empty(count, 1, width) for width, count in self.groups)
         for weight, bias in zip(self.latent_weights, self.latent_biases, strict=True):
-            bound = weight.shape[2] ** -0.5  # as nn.Linear
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # as models.initialisation does with a Linear
+            nn.init.zeros_(bias)
 
     def forward(self, t, z):
         """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""

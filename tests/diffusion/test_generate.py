@@ -42,7 +42,7 @@ def test_every_resolution_shows_the_same_image():
     expected = images.pop((16, 16))
     for size, image in images.items():
         same, other = ((image - of).square().mean().sqrt() for of in (expected, expected.roll(1, 0)))
-        assert same < 0.15 * other, size
+        assert same < 0.18 * other, size
 
 
 def test_a_path_takes_the_place_of_the_sampler():

@@ -48,7 +48,7 @@ def test_margins_suffice_where_the_image_goes_on_beyond_them(mean_type):
     decoder, diffusion, z = model(img_size=64, model_mean_type=mean_type)
     whole = decode(decoder, diffusion, z, (64, 64), generators=generators())[..., 28:36, 30:33]
     window = decode_window(decoder, diffusion, z, (64, 64), ((28, 36), (30, 33)), generators=generators())
-    assert error(window, whole) < 0.01
+    assert error(window, whole) < 0.015
 
 
 @pytest.mark.parametrize("size, rows, columns", [((64, 64), (20, 44), (0, 24)), ((48, 80), (30, 48), (33, 60))])

@@ -34,13 +34,15 @@ def test_every_layer_has_linears_of_its_own():
     assert (torch.cdist(rows, rows) + torch.eye(6) > 1e-2).all()
 
 
-def test_parameters_are_as_many_and_start_as_those_of_separate_linears():
+def test_parameters_are_as_many_as_those_of_separate_linears_and_keep_the_variance():
     widths, time_dim, z_dim = [64, 256, 64], 32, 16
     _, conditioning = layers_and_conditioning(widths, time_dim, z_dim)
     expected = sum(2 * w * (time_dim + 1) + w * (z_dim + 1) + w * (w + 1) for w in widths)
     assert sum(parameter.numel() for parameter in conditioning.parameters()) == expected
     for weight in conditioning.latent_weights:
-        assert 0.95 * weight.shape[2] ** -0.5 < weight.abs().max() <= weight.shape[2] ** -0.5
+        assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+    for bias in conditioning.latent_biases:
+        assert not bias.any()
 
 
 def test_film_without_modulation_is_the_identity_and_has_no_parameters():

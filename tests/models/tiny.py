@@ -29,12 +29,17 @@ def tiny_latent_config(**model):
 
 
 def awake(model, seed=0):
-    """The model with random numbers in every parameter that starts at zero, so that all of it can be seen."""
+    """The model with random numbers in every parameter that starts at zero, so that all of it can be seen.
+
+    All weights are then reduced, which makes the function about as smooth as that of a trained model.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1, generator=generator)
+            elif parameter.dim() > 1:
+                parameter.mul_(3**-0.5)
     return model.eval()
 
 
