@@ -25,6 +25,7 @@ from absl import flags
 from utils import cli, config
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.files import check_writable
 from utils.logging import read_metrics
 from utils.stop import REQUEUE
 
@@ -35,6 +36,7 @@ STEPS = flags.DEFINE_integer("steps", 300, "training steps of a round", lower_bo
 SEED = flags.DEFINE_integer("seed", 0, "of the instants and the signals")
 OUTPUT = flags.DEFINE_string("output", "soak", "folder of the runs, which must not be there yet")
 TERM_SHARE = 0.3  # of the signals that are SIGTERM
+MEASURED = ("seconds", "peak_memory_gb")  # in metrics.jsonl: of the machine and the moment, not of the run
 PATIENCE = 300  # seconds in which a step has to end and be saved after SIGTERM
 
 
@@ -43,6 +45,7 @@ def main():
     folder = Path(OUTPUT.value).absolute()
     if folder.exists():
         raise UserError(f"--output={OUTPUT.value} is there already; remove it or choose another folder")
+    check_writable(folder, f"--output={OUTPUT.value}")
     command = prepare(cfg, folder)
     ends = time.monotonic() + 60 * MINUTES.value
 
@@ -127,7 +130,8 @@ def first_difference(whole, other):
                 for run in (whole, other))
         if not same(a, b):
             return f"{name}, {', '.join(key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key)))}"
-    lines = [[{**line, "seconds": None} for line in read_metrics(run / "metrics.jsonl")] for run in (whole, other)]
+    lines = [[{key: value for key, value in line.items() if key not in MEASURED}
+              for line in read_metrics(run / "metrics.jsonl")] for run in (whole, other)]
     if lines[0] != lines[1]:
         return "metrics.jsonl"
     pictures = [{path.name: path.read_bytes() for path in (run / "images").iterdir()} for run in (whole, other)]
