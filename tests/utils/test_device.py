@@ -1,10 +1,14 @@
 """Device and precision from a config."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from ml_collections import ConfigDict
 
-from utils.device import autocast, resolve_device, resolve_dtype
+from tests.scripts import ROOT
+from utils.device import autocast, peak_memory_gb, resolve_device, resolve_dtype
 from utils.errors import UserError
 
 
@@ -35,3 +39,11 @@ def test_autocast_changes_products_and_float32_does_not():
         assert (a @ a).dtype == torch.bfloat16
     with autocast(torch.device("cpu"), torch.float32):
         assert (a @ a).dtype == torch.float32
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    held = torch.ones(300 * 2**20)  # 1.26e9 bytes
+    code = "import torch; from utils.device import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(ran.stdout) < 1 < peak_memory_gb(torch.device("cpu"))
+    del held
