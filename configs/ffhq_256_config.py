@@ -1,4 +1,4 @@
-"""∞-Diff on FFHQ at 256², the paper's main model: 321.5 M (decoder) + 122.0 M (encoder) parameters.
+"""∞-Diff on FFHQ at 256², the paper's main model: 321.5 M (decoder) + 121.2 M (encoder) parameters.
 
 Published: FID_CLIP 3.87 (50k samples, DDIM 100 steps). Hardware of the authors: one A100 80GB.
 Not reproduced here yet: only that the values are the published ones.

@@ -1,8 +1,7 @@
-"""Configs: published values, references that follow, every field read somewhere, the published command lines."""
+"""Configs: published values, references that follow, every field read somewhere."""
 
 import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -100,34 +99,6 @@ def test_every_field_is_read_where_it_acts():
         if not re.search(rf"\b(?:{owner})\.(?:{name}\b|get\(\"{name}\")", code):
             unread.append(field)
     assert not unread
-
-
-def commands(text):
-    """Command lines of the project's scripts in the code blocks of a Markdown text."""
-    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.match(r"\s*python \S+\.py", line)]
-
-
-def test_every_command_of_the_readme_names_a_script_and_flags_that_exist():
-    found = commands((ROOT / "README.md").read_text())
-    assert len(found) >= 6
-    for command in found:
-        _, script, *arguments = shlex.split(command)
-        assert (ROOT / script).is_file(), command
-        source = (ROOT / script).read_text()
-        if "define_sampling_flags()" in source:
-            source += (ROOT / "experiments" / "sampling.py").read_text()
-        for argument in arguments:
-            if not argument.startswith("--"):
-                continue
-            flag = argument[2:].split("=")[0].split(".")
-            assert f'"{flag[0]}"' in source, (command, argument)
-            if len(flag) == 3:
-                defaults = autoencoder_config(64), latent_config()
-                assert any(flag[1] in d and flag[2] in d[flag[1]] for d in defaults), (command, argument)
-        for path in re.findall(r"configs/\w+\.py", command):
-            assert (ROOT / path).is_file(), command
 
 
 def test_the_readme_has_no_gaps():
