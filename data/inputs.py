@@ -29,10 +29,11 @@ def heldout_images(config, size, count):
     return images, {"split": "heldout", "data": dataset.fingerprint()}
 
 
-def folder_images(flag, folder, channels, count):
+def folder_images(flag, folder, channels, count, least=1):
     """(uint8 [N, C, H, W], where they are from as plain data): the first `count` images of a folder, by name.
 
-    flag   name of the flag that gave the folder, for the UserError where it is missing, has none, or of two sizes
+    flag    name of the flag that gave the folder, for the UserError where it is missing, has none, or of two sizes
+    least   model.knn_neighbours: how many pixels an image must have
     """
     found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in Folder.suffixes)[:count]
     if not found:
@@ -45,6 +46,10 @@ def folder_images(flag, folder, channels, count):
             raise UserError(f"--{flag}={folder} has images of different sizes, {' and '.join(sizes)}; keep one size "
                             "per folder")
     images = torch.stack(images)
+    if images[0, 0].numel() < least:
+        height, width = images.shape[-2:]
+        raise UserError(f"--{flag}={folder} has images of {height}x{width}, fewer pixels than model.knn_neighbours="
+                        f"{least}; give larger ones")
     return images, {"input": str(folder), "data": digest({"images": images})}
 
 

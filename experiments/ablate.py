@@ -11,7 +11,6 @@ its result is not run again, and more axes can be added. Fields given as --confi
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -22,13 +21,22 @@ from absl import flags
 from configs import ablations
 from data.datasets import build_dataset
 from diffusion.samplers import SAMPLERS
-from experiments.ablation_runs import FirstImages, evaluate, make_variant, steps_in, train
+from experiments.ablation_runs import (
+    FirstImages,
+    check_runs,
+    config_arguments,
+    evaluate,
+    make_variant,
+    steps_in,
+    train,
+)
+from experiments.application import check_finite
 from utils import cli, config
 from utils.device import resolve_device
 from utils.environment import environment
 from utils.errors import UserError
 from utils.features import NETWORKS, build_feature_model
-from utils.files import replacing
+from utils.files import check_writable, read_json, replacing
 from utils.results import write_results
 
 CONFIG = config.define_config_flag("config", "config of the base, whose fields the variants change")
@@ -65,14 +73,18 @@ def main():
     base = config.read_autoencoder_config(CONFIG)
     if (STEPS.value is None) == (MINUTES.value is None):
         raise UserError("give the budget of a variant either as --steps or as --minutes")
-    if unknown := set(AXES.value) - set(ablations.AXES):
+    if MINUTES.value is not None:
+        check_finite(MINUTES)
+    if (unknown := set(AXES.value) - set(ablations.AXES)) or not AXES.value:
         raise UserError(f"--axes={','.join(sorted(unknown))} is unknown; choose from {','.join(ablations.AXES)}")
     output = Path(OUTPUT.value)
+    check_writable(output, f"--output={output}")
     variants = [make_variant(axis, name, changes) for axis in AXES.value
                 for name, changes in ablations.get_variants(axis, base).items()]
     configs = {variant.experiment: variant.config(base, output) for variant in variants}
     network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
     heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
+    check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value)
     check_settings(output / "settings.json", base)
 
     failed = []
@@ -98,7 +110,7 @@ def check_settings(path, base):
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    saved = json.loads(path.read_text())
+    saved = read_json(path)
     different = [name for name in settings if saved.get(name) != settings[name]]
     if different:
         raise UserError(f"--output={OUTPUT.value} holds results with another {' and another '.join(different)}; choose "
@@ -118,21 +130,6 @@ def run(variant, variant_config, heldout, network):
     with replacing(record) as temporary:
         temporary.write_text(json.dumps({**found, "commit": environment()["commit"]}, indent=2) + "\n")
     return True
-
-
-def config_arguments(arguments):
-    """Those of the command line that make up --config and its fields."""
-    kept, follows = [], False
-    for argument in arguments:
-        if follows and not argument.startswith("--"):
-            kept.append(argument)
-            follows = False
-        elif re.match(r"--(no)?config(\.|=|$)", argument):
-            kept.append(argument)
-            follows = "=" not in argument
-        else:
-            follows = False
-    return kept
 
 
 def write_table(output, variants):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Subset
 
+from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.evaluation import denoising_error
 from diffusion.gaussian_diffusion import build_diffusion
@@ -23,9 +24,11 @@ from utils import config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.environment import ROOT
+from utils.errors import UserError
 from utils.files import replacing
 from utils.folder import ImageFolder
 from utils.logging import read_metrics, seconds_per_step, training_seconds
+from utils.metrics import MIN_IMAGES
 from utils.sample_folder import SampleFolder
 from utils.scoring import compare
 from utils.stop import Stopped
@@ -73,6 +76,31 @@ class FirstImages(Subset):
 def make_variant(axis, name, changes):
     """The Variant with a run of its own, or with the one called base."""
     return Variant(axis, name, changes, f"{axis}/{re.sub('[^A-Za-z0-9.]+', '_', name)}" if changes else "base")
+
+
+def check_runs(base, configs, heldout, sampling_steps):
+    """UserError for what training or scoring would refuse, when hours have gone by."""
+    for one in configs:
+        config.micro_batch_size(one)
+        build_diffusion(one, sampling_steps)
+    config.check_batch_fits(base, len(build_dataset(base, train=True)), "images")
+    if len(heldout) < MIN_IMAGES:
+        raise UserError(f"{len(heldout)} held-out images are too few for a score; at least {MIN_IMAGES} are needed")
+
+
+def config_arguments(arguments):
+    """Those of the command line that make up --config and its fields."""
+    kept, follows = [], False
+    for argument in arguments:
+        if follows and not argument.startswith("--"):
+            kept.append(argument)
+            follows = False
+        elif re.match(r"--(no)?config(\.|=|$)", argument):
+            kept.append(argument)
+            follows = "=" not in argument
+        else:
+            follows = False
+    return kept
 
 
 def train(variant_config, changes, arguments, steps, experiment=None):

@@ -44,7 +44,7 @@ def read_images(cfg, folder, size, count):
     if size is not None:
         raise UserError(f"--sample_img_size={size} is for held-out images, and those of --input keep their size; leave "
                         "it out")
-    return folder_images("input", folder, cfg.data.channels, count)
+    return folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
 
 
 def encode_all(encoder, dataset, count, batch_size, device):

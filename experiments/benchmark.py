@@ -19,7 +19,7 @@ from utils import cli, config
 from utils.device import resolve_device
 from utils.environment import environment
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import check_output_file, replacing
 from utils.timing import machine
 
 CONFIG = config.define_config_flag("config", "autoencoder config of the suites training, parts and sampling")
@@ -33,8 +33,9 @@ OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well")
 
 def main():
     unknown = [name for name in CHOSEN.value if name not in SUITES]
-    if unknown:
-        raise UserError(f"--suites={unknown[0]} is unknown; choose from {', '.join(SUITES)}")
+    if unknown or not CHOSEN.value:
+        raise UserError(f"--suites={','.join(unknown)} is unknown; choose from {', '.join(SUITES)}")
+    check_output_file(OUTPUT.value, "output")
     cfg = config.read_autoencoder_config(CONFIG)
     device, against = resolve_device(cfg.run.device), AGAINST.value is not None
     measure = {

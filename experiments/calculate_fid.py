@@ -28,7 +28,7 @@ from utils import cli, config, distributed, protocol
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.features import NETWORKS, build_feature_model
-from utils.files import check_writable, replacing
+from utils.files import check_output_file, replacing
 from utils.metrics import MIN_IMAGES
 from utils.sample_folder import SampleFolder
 from utils.scoring import compare
@@ -91,10 +91,7 @@ def check_flags():
         raise UserError(f"--crop_size={CROP_SIZE.value} is of crops only; give their number with --crops")
     if CROPS.value and REAL_SIZE.value:
         raise UserError("--crops compares images of one resolution, that of the samples; leave out --real_img_size")
-    if OUTPUT.value is not None:
-        if Path(OUTPUT.value).is_dir():
-            raise UserError(f"--output={OUTPUT.value} is a folder; give the name of a JSON file")
-        check_writable(Path(OUTPUT.value).parent, f"--output={OUTPUT.value}")
+    check_output_file(OUTPUT.value, "output")
 
 
 def read_configs():

@@ -19,8 +19,8 @@ from absl import flags
 
 from utils import cli
 from utils.errors import UserError
-from utils.files import replacing
-from utils.images import read_image
+from utils.files import check_output_file, replacing
+from utils.sample_folder import SampleFolder
 from utils.similarity import psnr
 
 REFERENCE = flags.DEFINE_string("reference", None, "folder of images")
@@ -29,12 +29,11 @@ OUTPUT = flags.DEFINE_string("output", None, "also write the figures to this JSO
 
 
 def read_folder(flag, folder):
-    """(images by name, settings) of a folder that generate_samples.py has written."""
-    files = sorted(Path(folder).glob("*.png")) if folder else []
-    if len(files) < 2:
+    """({name: place}, SampleFolder) of a folder that generate_samples.py has written."""
+    if not folder or len(list(Path(folder).glob("*.png"))) < 2:
         raise UserError(f"--{flag}={folder} must be a folder with two images or more, from generate_samples.py")
-    record = Path(folder) / "settings.json"
-    return {file.name: file for file in files}, json.loads(record.read_text()) if record.is_file() else {}
+    made = SampleFolder(folder)
+    return {path.name: place for place, path in enumerate(made.files) if path.parent == made.folder}, made
 
 
 def pair(reference, image, window):
@@ -53,20 +52,20 @@ def _reduced(image, size):
 
 def compare(reference, folder):
     """Figures for a folder: count, size, mean and least PSNR, and the mean PSNR of each image with the next one."""
-    originals, made = read_folder("reference", reference)
-    images, settings = read_folder("samples", folder)
+    originals, whole = read_folder("reference", reference)
+    images, made = read_folder("samples", folder)
     names = [name for name in images if name in originals]
-    window = settings.get("window")
+    window, size, whole_size = made.settings.get("window"), made.settings.get("size"), whole.settings.get("size")
     if len(names) < 2:
         raise UserError(f"--samples={folder} and --reference={reference} have fewer than two images in common")
-    if window and made.get("size") != settings["size"]:
-        raise UserError(f"--reference={reference} has images of {made.get('size')} pixels; the windows in --samples="
-                        f"{folder} are of images of {settings['size']}")
+    if window and whole_size != size:
+        raise UserError(f"--reference={reference} has images of {whole_size} pixels; the windows in --samples={folder} "
+                        f"are of images of {size}")
     same, other = [], []
     for place, name in enumerate(names):
-        image = read_image(images[name])
-        same.append(psnr(*pair(read_image(originals[name]), image, window)))
-        other.append(psnr(*pair(read_image(originals[names[place - 1]]), image, window)))
+        image = made[images[name]]
+        same.append(psnr(*pair(whole[originals[name]], image, window)))
+        other.append(psnr(*pair(whole[originals[names[place - 1]]], image, window)))
     return {"folder": str(folder), "size": list(image.shape[1:]), "count": len(names), "psnr": sum(same) / len(same),
             "least_psnr": min(same), "psnr_of_others": sum(other) / len(other)}
 
@@ -74,6 +73,7 @@ def compare(reference, folder):
 def main():
     if not SAMPLES.value:
         raise UserError("--samples is missing; give one folder or more, separated by commas")
+    check_output_file(OUTPUT.value, "output")
     figures = [compare(REFERENCE.value, folder) for folder in SAMPLES.value]
     for row in figures:
         print(f"{row['folder']}: {row['count']} images of {row['size'][0]}x{row['size'][1]}, PSNR {row['psnr']:.2f} dB "

@@ -21,7 +21,7 @@ def read_inputs(cfg, folder, low_size, size_of, count):
     size_of    (h, w) -> (H, W)
     """
     if folder is not None:
-        low, source = folder_images("input", folder, cfg.data.channels, count)
+        low, source = folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
         return low, None, _checked(low.shape[-2:], size_of), source
     size = _checked(low_size, size_of)
     truth, source = heldout_images(cfg, size, count)

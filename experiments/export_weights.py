@@ -16,7 +16,7 @@ from absl import flags
 from models.load import load_trained
 from utils import cli, config
 from utils.errors import UserError
-from utils.files import check_writable
+from utils.files import check_output_file
 from utils.weights_file import save_weights
 
 CONFIG = config.define_config_flag("config", "config of a trained autoencoder or latent model")
@@ -34,7 +34,7 @@ def main():
     output = Path(OUTPUT.value or run / f"{prefix}weights.safetensors")
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output} must end with .safetensors")
-    check_writable(output.parent, f"--output={output}")
+    check_output_file(output, "output")
     name = f"{prefix}checkpoint.pt"
     saved = load_trained(run / (name if (WHICH.value or which) == "newest" else f"best_{name}"), kind, cfg)
     save_weights(output, saved)

@@ -42,7 +42,8 @@ START = flags.DEFINE_enum("start", None, ["invert", "noise"], "the state the cha
 PAIRS = flags.DEFINE_integer("num_pairs", 4, "how many pairs at most", lower_bound=1)
 FRAMES = flags.DEFINE_integer("frames", 9, "images on the way, ends included", lower_bound=2)
 DIRECTIONS = flags.DEFINE_integer("directions", 3, "how many principal directions; 0 leaves them out", lower_bound=0)
-REACH = flags.DEFINE_float("reach", 2.0, "standard deviations to go along them, each way", lower_bound=0.0)
+REACH = flags.DEFINE_float("reach", 2.0, "standard deviations to go along them, each way", lower_bound=0.0,
+                           upper_bound=1000.0)
 ENCODINGS = flags.DEFINE_integer("encodings", 1000, "training images whose encodings give the mean and the directions",
                                  lower_bound=2)
 STEPS = flags.DEFINE_integer("sampling_steps", 100, "steps of DDIM", lower_bound=1)

@@ -22,7 +22,7 @@ from data.datasets import build_dataset
 from experiments import report_sections as sections
 from utils import cli, config, page
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import check_output_file, read_json, replacing
 
 CONFIG = config.define_config_flag("config", "latent config, or that of an autoencoder alone")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the autoencoder of a latent --config")
@@ -34,6 +34,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 def main():
+    check_output_file(OUTPUT.value, "output")
     latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
     if autoencoder is None:
         raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config where "
@@ -46,7 +47,7 @@ def main():
     folders = image_folders(autoencoder, latent)
     made, recons = sections.find_made(folders)
     records = [found for folder in folders for path in sorted(folder.glob("*.json"))
-               if "kid" in (found := sections.read_json(path))]
+               if "kid" in (found := read_json(path))]
     defaults = [latent_config() if run is latent else autoencoder_config(run.data.img_size) for run in runs]
     body = "".join([
         summary(autoencoder, latent), sections.progress(runs), sections.samples(made, autoencoder),

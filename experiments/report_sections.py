@@ -1,7 +1,6 @@
 """The sections of report.py, each from what a run or another script has left on disk; "" where it has left nothing."""
 
 import datetime
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from utils import page, protocol
 from utils.checkpoint import identity
 from utils.config import changed_fields, run_dir
 from utils.environment import environment
+from utils.files import read_json
 from utils.images import read_image, to_uint8
 from utils.logging import read_metrics, training_seconds
 from utils.plots import line_plot, to_bytes
@@ -52,15 +52,6 @@ def find_made(folders):
                    key=lambda made: made.settings["size"])
     return ([made for made in found if "latent_model" in made.settings],
             [made for made in found if any((made.path.parent / "originals").glob("*.png"))])
-
-
-def read_json(path):
-    """A dict from a JSON file; {} where there is none."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def progress(configs):

@@ -10,6 +10,7 @@ from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import decode, sample_latents
 from diffusion.samplers import SAMPLERS
 from diffusion.zoom import check_window, decode_window
+from experiments.application import check_finite
 from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
 from models.tiles import check_max_points
 from utils import config, rng
@@ -71,6 +72,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     height, width = size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
     part = config.parse_window(window, size)
     sampler, steps, eta = options.sampler.value, options.steps.value, options.eta.value
+    check_finite(options.eta)
     if eta and sampler != "ddim":
         raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
     diffusion = build_diffusion(decoder_cfg, steps)

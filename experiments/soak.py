@@ -24,12 +24,12 @@ from absl import flags
 
 from utils import cli, config
 from utils.checkpoint import load_checkpoint
+from utils.environment import ROOT
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.logging import read_metrics
 from utils.stop import REQUEUE
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = config.define_config_flag("config", "autoencoder config", str(ROOT / "configs" / "demo_config.py"))
 MINUTES = flags.DEFINE_float("minutes", 15.0, "a round is begun until then", lower_bound=0.0)
 STEPS = flags.DEFINE_integer("steps", 300, "training steps of a round", lower_bound=20)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -22,7 +22,7 @@ from tests.reference import interpolation as reference_interpolation
 from tests.reference import mollifier as reference_mollifier
 from tests.reference import sparse_conv as reference_conv
 from tests.tiny import tiny_config, tiny_latent_config
-from utils.config import parse_image_size, read_autoencoder_config, read_latent_config
+from utils.config import parse_image_size, parse_window, read_autoencoder_config, read_latent_config
 from utils.errors import UserError
 from utils.rng import generator, sample_generators
 
@@ -194,3 +194,19 @@ def test_an_image_size_is_two_numbers_or_refused(text):
         assert f"--sample_img_size={text}" in str(error)
     else:
         assert min(height, width) >= 16 and text in (str(height), f"{height}x{width}", text)
+
+
+@fuzz(300)
+@given(st.tuples(*[st.floats(0, 1)] * 4), st.tuples(st.integers(16, 5000), st.integers(16, 5000)))
+@example((0.5, 0.0, 0.50000001, 1.0), (16, 16))  # a part of a pixel that rounding makes nothing of
+@example((0.0, 1 - 1e-12, 1.0, 1.0), (16, 16))
+def test_a_window_holds_the_pixels_that_it_touches(ends, size):
+    (x0, y0, x1, y1), text = ends, " ".join(map(str, ends))
+    if not (x0 < x1 and y0 < y1):
+        with pytest.raises(UserError, match="must be four numbers"):
+            parse_window(text, size)
+        return
+    for (first, end), length, low, high in zip(parse_window(text, size), size, (y0, x0), (y1, x1), strict=True):
+        assert 0 <= first < end <= length
+        assert first <= low * length + 1e-6 and high * length - 1e-6 <= end  # all of it
+        assert low * length < first + 1 + 1e-6 and end - 1 < max(high * length, first + 1) + 1e-6  # and no more

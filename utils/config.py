@@ -169,8 +169,9 @@ def parse_window(text, size):
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
                         "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
-    return tuple((math.floor(round(first * length, 6)), math.ceil(round(end * length, 6)))
-                 for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1])))
+    spans = [(min(math.floor(round(first * length, 6)), length - 1), math.ceil(round(end * length, 6)))
+             for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1]))]
+    return tuple((first, max(end, first + 1)) for first, end in spans)
 
 
 def _given(flag):

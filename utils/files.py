@@ -1,6 +1,7 @@
 """Writing files so that they appear whole or not at all."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def check_writable(folder, field):
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "cannot be written" if nearest.is_dir() else "is not a folder"
         raise UserError(f"{field}: {str(nearest)!r} {reason}; choose another folder")
+
+
+def check_output_file(path, flag):
+    """UserError where a script could not write the file at the path that the flag gives; None is no mistake."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UserError(f"--{flag}={path} is a folder; give the name of a file")
+    check_writable(Path(path).parent, f"--{flag}={path}")
+
+
+def read_json(path):
+    """A dict from a JSON file; {} where there is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sync_folder(path):

@@ -1,6 +1,5 @@
 """A folder of image files, as the scripts write it, as a sequence of uint8 tensors."""
 
-import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import read_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
@@ -49,11 +49,7 @@ class SampleFolder:
     @property
     def settings(self):
         """settings.json of the folder (utils.folder.ImageFolder)."""
-        try:
-            found = json.loads((self.folder / "settings.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.folder / "settings.json")
 
     def __len__(self):
         return len(self.files)

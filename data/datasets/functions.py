@@ -14,6 +14,7 @@ from utils.images import to_uint8
 
 PROBE = (6, 8)  # rows and columns of positions at which a callable is tried before it is used
 SAME = 1e-3  # values that differ by less are those of one function
+MOST = 10**8  # functions: the order of an epoch is 8 bytes for each
 ROUNDING = 1e-5  # by which values may leave [−1, 1]
 
 
@@ -34,6 +35,9 @@ class Functions(ImageDataset):
 
     def __init__(self, path, counts, train, size, channels):
         super().__init__(path, train, size, channels)
+        if sum(counts) > MOST:
+            raise UserError(f"data.num_functions={counts[0]} and data.num_heldout_functions={counts[1]} are more than "
+                            f"{MOST} together; lower them")
         self.keys = range(counts[0]) if train else range(counts[0], sum(counts))
         _check_function(path, self.keys[0], channels)
 

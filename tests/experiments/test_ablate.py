@@ -127,5 +127,6 @@ def test_mistakes_are_one_line(tmp_path):
 def test_a_variant_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     config = write_config_file(tiny_config(tmp_path), tmp_path / "config.py")
     monkeypatch.setattr(sys, "executable", "false")
-    result = run_script(ABLATE, "--config", config, "--output", tmp_path / "out", "--steps=20", "--axes=grid", FEATURES)
+    result = run_script(ABLATE, "--config", config, "--output", tmp_path / "out", "--steps=20", "--axes=grid",
+                        "--sampling_steps=2", FEATURES)
     assert result.code == 1 and "training failed for grid, conv; grid, spectral; the same command" in result.err

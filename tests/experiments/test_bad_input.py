@@ -98,6 +98,8 @@ MISTAKES = [
     ("data.name=function data.function=math:pi", "data.function='math:pi' is of type float; it must be a callable"),
     ("data.name=function data.function=math:sin", "data.function='math:sin' failed for function 0: TypeError"),
     ("data.name=function data.function=data.random_fields:gaussian_field", "[6, 8, 3] are needed, the last for data"),
+    ("data.name=function data.function=data.random_fields:gaussian_field data.num_functions=1000000000",
+     "data.num_functions=1000000000 and data.num_heldout_functions=512 are more than 100000000 together"),
     ("data.num_functions=0", "data.num_functions=0 must be at least 1"),
     ("data.num_heldout_functions=0", "data.num_heldout_functions=0 must be at least 1"),
     # what would be run if a path were ever given to a shell

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.layouts import write_folder
 from tests.scripts import refused, run_script
@@ -161,7 +162,8 @@ SAMPLING = [
     ("--max_points=40 --sample_img_size=64", "--max_points=40 is too few"),
     ("--window 0 0.5", "--window=0 0.5 must be four numbers"), ("--window=0,0,2,1", "--window=0,0,2,1 must"),
     ("--window 0.5 0 0.5 1", "with 0 <= x0 < x1"), ("--window 0 0 a 1", "--window=0 0 a 1 must"),
-    ("--window", "--window= must be four numbers"),
+    ("--window", "--window= must be four numbers"), ("--window nan 0 1 1", "--window=nan 0 1 1 must"),
+    ("--window -0.1 0 1 1", "--window=-0.1 0 1 1 must"), ("--eta=nan", "--eta=nan must be a finite number"),
     ("--window 0 0 1 1 --decoder_config.diffusion.mollifier_type=none", "gaussian_filter_std"),
     ("--config.train.sample_size=0", "config.train.sample_size=0 must be at least 1"),
     ("--config.data.fid_samples=0", "config.data.fid_samples=0 must be at least 1"),
@@ -196,3 +198,58 @@ OUTPUTS = [
 @pytest.mark.parametrize("script, flag, said", OUTPUTS, ids=[" ".join(row[:2]) for row in OUTPUTS])
 def test_an_output(place, script, flag, said):
     assert said in refused(place, *command(script), flag)
+
+
+APPLY, WALK, SPECTRUM = (f"experiments/{name}.py" for name in ("super_resolution", "interpolate", "spectrum"))
+ABLATE, COMPARE, REPORT, BENCHMARK, SOAK = (f"experiments/{name}.py" for name in (
+    "ablate", "compare_resolutions", "report", "benchmark", "soak"))
+PIXELS = "--input=dots has images of 1x1, fewer pixels than model.knn_neighbours=3; give larger ones"
+IS_FILE, IS_FOLDER = "ae.py' is not a folder; choose another folder", "--output=data is a folder; give the name of a"
+CONFIG = "--config=ae.py"
+
+# what would be found only after long work, or after something was written, were it not looked for
+LATE = [
+    (APPLY, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
+    (APPLY, f"{CONFIG} --sampling_steps=3 --input=text", "text/00000.png can't be read"),
+    (APPLY, f"{CONFIG} --sampling_steps=21", "21 sampling steps"),
+    (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py/inputs cannot be written"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --reach=1e308", "--reach=1e308: 1e+308 is not a number in"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --latent_config=ae.py", "leave one out"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --latent_config=ae.py", "--latent_config is an autoencoder config"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --sample_img_size=32", "--sample_img_size=32 is for held-out"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py/originals cannot be written"),
+    (INPAINT, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
+    (SPECTRUM, f"{CONFIG} --samples=text", "image 'text/00000.png' can't be read"),
+    (SPECTRUM, "--config=latent.py --samples=data", "--config is not an autoencoder config"),
+    (SPECTRUM, f"{CONFIG} --samples=data --output=ae.py", IS_FILE),
+    (COMPARE, "--reference=data --samples=text", "image 'text/00000.png' can't be read"),
+    (COMPARE, "--reference=data --samples=cut", "image 'cut/00000.png' can't be read"),
+    (COMPARE, "--reference=data --samples=data --output=data", IS_FOLDER),
+    (COMPARE, "--reference=data --samples=data --output=ae.py/x.json", IS_FILE),
+    (REPORT, f"{CONFIG} --output=data", IS_FOLDER), (REPORT, f"{CONFIG} --output=ae.py/x.html", IS_FILE),
+    (REPORT, f"{CONFIG} --search=-1", "search=-1"),
+    (BENCHMARK, f"{CONFIG} --output=data", IS_FOLDER), (BENCHMARK, f"{CONFIG} --output=ae.py/x.json", IS_FILE),
+    (BENCHMARK, f"{CONFIG} --suites=", "--suites= is unknown; choose from operator"),
+    (SOAK, f"{CONFIG} --output=data", "--output=data is there already"), (SOAK, f"{CONFIG} --output=ae.py/x", IS_FILE),
+    (ABLATE, f"{CONFIG} --steps=10 --output=ae.py/x", IS_FILE),
+    (ABLATE, f"{CONFIG} --steps=10 --axes=", "--axes= is unknown; choose from encoder"),
+    (ABLATE, f"{CONFIG} --minutes=nan", "--minutes=nan must be a finite number"),
+    (ABLATE, f"{CONFIG} --minutes=inf", "--minutes=inf must be a finite number"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=21", "21 sampling steps"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.batch_size=21", "batch_size=21 is more than the"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.accumulation_steps=3", "must be a multiple of 3"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3", "1 held-out images are too few for a score; at least 4"),
+]
+
+
+@pytest.mark.parametrize("script, flags, said", LATE, ids=[f"{row[0][12:-3]} {row[1]}" for row in LATE])
+def test_what_would_be_found_late(place, script, flags, said):
+    for name, make in (("dots", lambda path: Image.new("RGB", (1, 1)).save(path)),
+                       ("text", lambda path: path.write_text("<html>404</html>")),
+                       ("cut", lambda path: path.write_bytes((place / "data" / path.name).read_bytes()[:-40]))):
+        (place / name).mkdir()
+        for image in ("00000.png", "00001.png"):
+            make(place / name / image)
+    network = ["--feature_model=efficientnet_lite0"] if script == ABLATE else []
+    assert said in refused(place, script, *flags.split(), *network)

@@ -67,6 +67,13 @@ def test_a_window_is_compared_with_its_place(tmp_path):
     assert figures(tmp_path, whole, elsewhere)[0]["psnr"] < 40
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"window": null}'])
+def test_images_without_a_readable_record_are_whole(tmp_path, content):
+    whole, again = write(tmp_path / "whole", (32, 32)), write(tmp_path / "again", (32, 32))
+    (again / "settings.json").write_text(content)
+    assert figures(tmp_path, whole, again)[0]["least_psnr"] == 100
+
+
 def test_mistakes_are_one_line(tmp_path):
     whole = write(tmp_path / "whole", (32, 32))
     other = write(tmp_path / "other", (64, 64), [[0, 32], [0, 32]])
