@@ -31,7 +31,8 @@ def get_config():
     config.model.uno_attn_resolutions = (8,)
     config.model.uno_dropout = 0.0
     config.model.z_dim = 128
-    config.diffusion.noise_schedule = "linear"  # of cosine's steps only the last few need z: blurred noise hides little
+    config.diffusion.noise_schedule = "linear"  # blurred noise hides so little that with cosine few steps need z
+    config.diffusion.schedule_sampler = "noisy-half"
     config.diffusion.precondition = True
     config.diffusion.balance_loss = True
     config.mc_integral.type = "stratified"
