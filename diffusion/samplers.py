@@ -75,13 +75,15 @@ def ddim_invert(denoise, x, schedule):
 def dpm_solver(denoise, x, schedule):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM's equation with the slope of T x_0 from the step before.
 
-    The first step, without a slope, and the last, whose log signal-to-noise ratio is infinite, are of first order.
+    The first step, without a slope, and the last, whose log signal-to-noise ratio is infinite, are of first order. The
+    slope is followed no further than over the length of the step before: towards the end steps become several times as
+    long as the one before, and what the network errs by would be multiplied.
     """
     x0_last = h_last = None
     for t, a, a_prev in schedule.reversed_pairs():
         x0 = denoise(x, _batch(t, x))
         h = _half_log_snr(a_prev) - _half_log_snr(a)
-        slope = 0.0 if x0_last is None or t == 0 else (x0 - x0_last) * (h / (2 * h_last))
+        slope = 0.0 if x0_last is None or t == 0 else (x0 - x0_last) * (min(h, h_last) / (2 * h_last))
         x = ((1 - a_prev) / (1 - a)).sqrt() * x - a_prev.sqrt() * torch.expm1(-h) * (x0 + slope)
         x0_last, h_last = x0, h
         yield t, x
