@@ -16,11 +16,11 @@ def get_config():
     config.train.precision = "fp32"
     config.train.batch_size = 16
     config.train.sample_size = 64
-    config.train.max_steps = 2600
+    config.train.max_steps = 2900
     config.train.plot_graph_steps = 50
     config.train.plot_samples_steps = 100_000
-    config.train.validate_steps = 300
-    config.train.checkpoint_steps = 300
+    config.train.validate_steps = 500
+    config.train.checkpoint_steps = 500
     config.train.ema_update_every = 1
     config.train.ema_decay = 0.99
     config.model.time_emb_dim = 128
