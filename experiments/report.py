@@ -20,6 +20,7 @@ from absl import flags
 from configs.defaults import autoencoder_config, latent_config
 from data.datasets import build_dataset
 from experiments import report_sections as sections
+from models.load import autoencoder_path, latent_path
 from utils import cli, config, page
 from utils.errors import UserError
 from utils.files import check_output_file, read_json, replacing
@@ -41,7 +42,8 @@ def main():
                         "--config is a latent one")
     runs = [run for run in (autoencoder, latent) if run is not None]
     for run in runs:
-        if not (config.run_dir(run) / "metrics.jsonl").is_file():
+        path = latent_path(run) if run is latent else autoencoder_path(run)
+        if not path.is_file() and not (config.run_dir(run) / "metrics.jsonl").is_file():
             raise UserError(f"there is no run in {config.run_dir(run)}; train it first, or set run.output_dir and "
                             "run.experiment to those of the training run")
     folders = image_folders(autoencoder, latent)

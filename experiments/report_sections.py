@@ -59,6 +59,9 @@ def progress(configs):
     lines = []
     for config in configs:
         metrics = read_metrics(run_dir(config) / "metrics.jsonl")
+        if not metrics:
+            lines.append(f"{config.run.experiment}: weights alone, without the record of their training")
+            continue
         losses = [line["validation_loss"] for line in metrics if "validation_loss" in line]
         loss = f", held-out loss {losses[-1]:.4g}" if losses else ""
         steps = max((line["step"] for line in metrics), default=0)
@@ -152,13 +155,14 @@ def curves(configs):
 
         series = {"training": points("loss"), "held out (EMA)": points("validation_loss"),
                   "held out (raw weights)": points("raw_validation_loss")}
-        plots.append((config.run.experiment, series))
+        if any(series.values()):
+            plots.append((config.run.experiment, series))
         quarters = {f"quarter {i} of the chain": points(f"validation_loss_q{i}") for i in range(1, 5)}
         if any(quarters.values()):
             plots.append((f"{config.run.experiment}, held out, from least noise to most", quarters))
     drawn = [(title, to_bytes(line_plot(series, title, "step", "loss", log=True), "svg")) for title, series in plots]
     return page.section("Losses", page.row(*(
-        page.embed(content, "svg+xml", title, 'class="plot"') for title, content in drawn)))
+        page.embed(content, "svg+xml", title, 'class="plot"') for title, content in drawn)) if drawn else "")
 
 
 def config_changes(configs_and_defaults):

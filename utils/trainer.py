@@ -200,6 +200,7 @@ class Trainer:
             for name, image in self._call(self.plot, self.ema.modules).items():
                 log.picture(self.step, name, image)
         progress.set_description(self.kind)
+        self.checkpoints.wait()  # the line about a best state must not be there before it is
         log.numbers(self.step, figures)
 
     def _validate(self, log):
@@ -208,7 +209,6 @@ class Trainer:
         if self.best and (figures[self.best] < log.smallest(self.best) or not self.checkpoints.best.exists()):
             self.checkpoints.save_best({**self._header(), "ema": self.ema.modules.state_dict(),
                                         "value": figures[self.best]})
-            self.checkpoints.wait()  # the line about it must not be there before it is
         raw = self._call(self.validate, self.modules.eval())
         return {**figures, **{f"raw_{name}": value for name, value in raw.items()}}
 

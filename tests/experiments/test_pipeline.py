@@ -33,6 +33,12 @@ def test_a_run_folder_holds_what_it_should(trained):
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [2, 4]
     assert [line["step"] for line in lines if "validation_loss" in line] == [4]
+    assert all(line["gradient_norm"] > 0 for line in lines if "loss" in line)
+    parts = [f"validation_loss_q{i}" for i in range(1, 5)]  # of one image each: their mean is the whole
+    for prefix in ("", "raw_"):
+        losses = [lines[-1][f"{prefix}{name}"] for name in parts]
+        assert len(set(losses)) == 4 and sum(losses) / 4 == pytest.approx(lines[-1][f"{prefix}validation_loss"])
+    assert load_checkpoint(run / "best_checkpoint.pt")["value"] == lines[-1]["validation_loss"]
     assert json.loads((run / "config.json").read_text())["model"]["nf"] == 8
 
 
@@ -167,7 +173,8 @@ def test_samplers_and_eta(trained, tmp_path):
     assert solver["00000.png"].shape == (3, 16, 16)
 
 
-def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path):
+def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder, single, both = trained
     for config, run, name in ((single[1], "tiny", "weights"), (both[1], "tiny_sampler", "latent_weights")):
         result = run_script(EXPORT, "--config", config, f"--output={tmp_path}/out/{run}/{name}.safetensors")
@@ -177,6 +184,17 @@ def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert run_script(RECONS, *single, moved[0], "--sampling_steps=2", "--output", tmp_path / "r").code == 0
     assert run_script(STAGE_2, *both, *moved, "--config.run.experiment=again").code == 0
+    images = [*single, moved[0], "--sampling_steps=2", "--num_samples=1"]
+    latent_config = ["--latent_config", both[1], f"--latent_config.run.output_dir={tmp_path / 'out'}"]
+    for script, *flags in (
+        ("inpaint", *images, *latent_config), ("super_resolution", *images, "--sample_img_size=20"),
+        ("interpolate", *single, moved[0], "--sampling_steps=2", "--frames=2", "--num_pairs=1", *latent_config),
+        ("calculate_fid", *both, *moved, "--sampling_steps=2", "--num_samples=4", "--split=all", "--neighbours=2",
+         "--feature_model=efficientnet_lite0"),
+        ("report", *both, *moved),
+    ):
+        result = run_script(f"experiments/{script}.py", *flags)
+        assert result.code == 0, result.err
     # a contradicting flag, and the file of the other stage
     result = run_script(RECONS, *single, moved[0], "--sampling_steps=2", "--config.model.nf=16")
     assert "weights.safetensors was trained with model.nf=8, the config has 16" in only_line(result)

@@ -17,6 +17,7 @@ import torch
 from data.latents import load_latents
 from data.loader import training_batches, training_positions
 from diffusion.timestep_samplers import LossSecondMomentSampler
+from tests.tiny import tiny_config
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.feature_cache import cached_statistics
@@ -87,8 +88,29 @@ def shared_work(folder):
             "mean": known[1] and torch.from_numpy(known[1].mean)}
 
 
+def bad_steps(folder):
+    """Steps of which two are not finite in the last process alone: (how many were left out, the weights after them)."""
+    config = tiny_config(folder)
+    config.train.nonfinite, config.train.max_steps = "skip", 4
+
+    def loss(modules, batch, step):
+        value = modules["net"](batch).square().mean()
+        if distributed.rank() == 1 and step == 1:
+            value = value * float("nan")
+        if distributed.rank() == 1 and step == 2:
+            value = value + (value - value.detach()).sqrt()  # 0, but its slope is infinite
+        return {"loss": value}
+
+    torch.manual_seed(0)
+    modules = torch.nn.ModuleDict({"net": torch.nn.Linear(3, 1)})
+    trainer = Trainer(config, "autoencoder", modules, loss, lambda _: itertools.repeat(torch.eye(3)), lambda _: {},
+                      lambda _: {}, torch.device("cpu"))
+    trainer.train()
+    return trainer.update.nonfinite, trainer.modules.state_dict()
+
+
 def works(folder):
-    torch.save((helpers(), shared_work(folder)), folder / f"{distributed.rank()}.pt")
+    torch.save((helpers() | {"bad steps": bad_steps(folder)}, shared_work(folder)), folder / f"{distributed.rank()}.pt")
 
 
 def is_stopped(*command):

@@ -6,9 +6,11 @@ import pickle
 import platform
 import random
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +144,25 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    path, calls, fsync, replace = tmp_path / "c.pt", [], os.fsync, os.replace
+    save_checkpoint(path, {"step": 1})
+
+    def fsync_noted(file):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else os.fstat(file).st_size)
+        fsync(file)
+
+    def replace_noted(source, target):
+        calls.append((Path(source).parent, Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_noted)
+    monkeypatch.setattr(os, "replace", replace_noted)
+    save_checkpoint(path, {"step": 2}, tmp_path / "c.1.pt")
+    size = path.stat().st_size
+    assert calls == [size, (tmp_path, tmp_path / "c.1.pt"), (tmp_path, path), "folder"]
 
 
 @pytest.mark.parametrize("room", [0, 5_000, 300_000])

@@ -55,6 +55,13 @@ def test_helpers(works):
         assert torch.equal(results["of one alone"], torch.ones(2, 3))
 
 
+def test_what_is_not_finite_in_one_process_is_left_out_in_all(works):
+    (first, _), (second, _), _ = works
+    (count, weights), (other_count, others) = first["bad steps"], second["bad steps"]
+    assert count == other_count == 2
+    assert all(torch.equal(value, others[name]) and value.isfinite().all() for name, value in weights.items())
+
+
 def test_each_process_loads_its_part_of_every_batch(works):
     (_, first), (_, second), alone = works
     assert first["positions"] == [range(40, 42), range(42, 44), range(48, 50), range(50, 52)]
@@ -130,10 +137,14 @@ def test_accumulated_steps_equal_whole_ones_without_dropout(runs):
     check_close(folder / "whole", folder / "parts")
 
 
-def test_stage_2_and_its_latents_in_two_processes_that_accumulate(runs):
+def test_stage_2_and_its_latents_in_two_processes_that_accumulate_and_then_in_one(runs):
     folder, _, both = runs
     succeed(run_script(STAGE_2, *both, "--config.train.accumulation_steps=4"))
-    succeed(torchrun(STAGE_2, *both, "--config.run.experiment=sampler_two", "--config.train.accumulation_steps=2"))
+    two = [STAGE_2, *both, "--config.run.experiment=sampler_two"]
+    succeed(torchrun(*two, "--config.train.accumulation_steps=2", "--config.train.max_steps=6"))
+    assert len(losses(folder / "sampler_two")) == 6
+    succeed(run_script(*two, "--config.train.accumulation_steps=4"))
+    assert len(losses(folder / "sampler_two")) == 12
     check_close(folder / "sampler_two", folder / "tiny_sampler_alone", "latent_checkpoint.pt")
     ours, theirs = (load_checkpoint(folder / name / "latents.pt") for name in ("sampler_two", "tiny_sampler_alone"))
     assert torch.equal(ours["train"], theirs["train"]) and torch.equal(ours["heldout"], theirs["heldout"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 import time
 
 import pytest
@@ -246,6 +247,21 @@ def test_the_line_about_a_best_state_comes_when_it_is_on_the_disk(tmp_path, monk
     assert seen == [(2, 2), (4, 4)]
 
 
+def test_validation_and_pictures_go_on_while_the_best_state_is_written(tmp_path, monkeypatch):
+    done, waited = threading.Event(), []
+
+    def slow(path, state, displaced=None):
+        if path.name == "best_checkpoint.pt":
+            waited.append(done.wait(10))
+        save_checkpoint(path, state, displaced)
+
+    monkeypatch.setattr(checkpoint_folder, "save_checkpoint", slow)
+    trainer = make_trainer(tmp_path, 2, best="v", train__plot_samples_steps=2)
+    trainer.plot = lambda modules: done.set() or {}
+    trainer.train()
+    assert waited == [True]
+
+
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_in_the_next_step(tmp_path, monkeypatch):
     def full(path, state, displaced=None):
         if state["step"] == 4:
@@ -253,7 +269,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_in_the_next_step(tmp_
         save_checkpoint(path, state, displaced)
 
     monkeypatch.setattr(checkpoint_folder, "save_checkpoint", full)
-    trainer = make_trainer(tmp_path, 100, train__checkpoint_steps=2)
+    trainer = make_trainer(tmp_path, 100, train__checkpoint_steps=2, train__validate_steps=100)
     step = trainer.training_step
 
     def step_after_writing(batches):
