@@ -34,7 +34,8 @@ from utils.similarity import psnr, roughness
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: z from its model instead of the encoder")
 MASK = flags.DEFINE_string("mask", "centre", f"what is unknown: {', '.join(KINDS)}, or a PNG whose white is unknown")
-GUIDANCE = flags.DEFINE_float("guidance", 1.0, "lambda of the reconstruction guidance; 0 for none", lower_bound=0.0)
+GUIDANCE = flags.DEFINE_float("guidance", 1.0, "lambda of the reconstruction guidance; 0 for none", lower_bound=0.0,
+                              upper_bound=1e6)
 CONSISTENCY = flags.DEFINE_float("consistency", 1.0, "how far the estimate of each step is moved to the known pixels: "
                                  "0 not, 1 all the way", lower_bound=0.0, upper_bound=1.0)
 JUMPS = flags.DEFINE_integer("jumps", 0, "how often each step is taken back and done again", lower_bound=0)

@@ -65,6 +65,9 @@ def run(main, shared=False, several=()):
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint or image", code=INTERRUPTED)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # torch's word for no memory on the host
+            _fail("out of memory; lower train.batch_size, or --sample_img_size, --max_points and train.sample_size "
+                  "when sampling", code=1)
         reason = distributed.lost_connection(error)
         if reason is None:
             raise

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.data.layouts import write_folder
-from tests.scripts import refused, run_script
+from tests.scripts import contents, refused, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import FORMAT, MARK, _new_digest, load_checkpoint, save_checkpoint
 
@@ -253,3 +253,10 @@ def test_what_would_be_found_late(place, script, flags, said):
             make(place / name / image)
     network = ["--feature_model=efficientnet_lite0"] if script == ABLATE else []
     assert said in refused(place, script, *flags.split(), *network)
+
+
+def test_an_image_for_which_there_is_no_memory_is_one_line(place):
+    before = contents(place)
+    result = run_script(APPLY, CONFIG, "--sampling_steps=3", "--input=data", "--scale=1000000")
+    assert result.code == 1 and result.err.startswith("error: out of memory; lower train.batch_size, or --sample_img")
+    assert len(result.err.splitlines()) == 1 and contents(place) == before
