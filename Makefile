@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AUTOENCODER := --config configs/demo_config.py
 BOTH := --config configs/demo_latent_config.py --decoder_config configs/demo_config.py
-SAMPLE := $(RUN) experiments/generate_samples.py $(BOTH) --sampling_steps 5 \
+SAMPLE := $(RUN) experiments/generate_samples.py $(BOTH) --sampling_steps 10 \
 	--latent_sampler dpm_solver --latent_sampling_steps 50
 SCORE := $(RUN) experiments/calculate_fid.py $(AUTOENCODER) --split heldout --feature_model efficientnet_lite0
 
@@ -13,7 +13,7 @@ SCORE := $(RUN) experiments/calculate_fid.py $(AUTOENCODER) --split heldout --fe
 
 demo: .venv/installed
 	$(RUN) train_inf_ae_diffusion.py $(AUTOENCODER)
-	$(RUN) experiments/generate_recons.py $(AUTOENCODER) --num_samples 64 --sampling_steps 5 --output demo/recons
+	$(RUN) experiments/generate_recons.py $(AUTOENCODER) --num_samples 64 --sampling_steps 10 --output demo/recons
 	$(RUN) train_latent_diffusion.py $(BOTH)
 	$(SAMPLE) --output demo/samples_1x
 	$(SAMPLE) --output demo/samples_2x --sample_img_size 64 --num_samples 16
