@@ -18,7 +18,7 @@ from diffusion.generate import decode, encode, sample_latents
 from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_latent_model
 from models.load import load_autoencoder
-from utils import cli, config, rng
+from utils import cli, config, rng, trained_config
 from utils.checkpoint import digest
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.images import tile, to_uint8
@@ -78,7 +78,7 @@ def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device):
 
 
 def main():
-    cfg, decoder_cfg = config.read_latent_config(CONFIG), config.read_autoencoder_config(DECODER_CONFIG)
+    cfg, decoder_cfg = config.read_latent_config(CONFIG), trained_config.read_trained_autoencoder_config(DECODER_CONFIG)
     config.check_same_latent(cfg, decoder_cfg)
     device = resolve_device(cfg.run.device)
     check_wandb(cfg.run)

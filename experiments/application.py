@@ -12,7 +12,7 @@ from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.generate import encode, sample_latents
 from models.load import latent_path, load_latent_model
-from utils import config, rng
+from utils import config, rng, trained_config
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_dtype
 from utils.errors import UserError
@@ -61,7 +61,7 @@ def latent_sampler(flag, cfg, device, encoder):
     """
     if flag.value is None:
         return None, None
-    latent_cfg = config.read_latent_config(flag)
+    latent_cfg = trained_config.read_trained_latent_config(flag)
     config.check_same_latent(latent_cfg, cfg)
     diffusion = build_diffusion(latent_cfg)
     model, mean, std = load_latent_model(latent_cfg, device, encoder)

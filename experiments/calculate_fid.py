@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from configs.defaults import autoencoder_config
 from data.datasets import build_dataset
 from experiments.sampling import define_sampling_flags, make_samples
-from utils import cli, config, distributed, protocol
+from utils import cli, config, distributed, protocol, trained_config
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.features import NETWORKS, build_feature_model
@@ -96,7 +96,7 @@ def check_flags():
 
 def read_configs():
     """(latent config or None, autoencoder config), from whichever of the flags were given."""
-    latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
+    latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if not SAMPLES.value and (autoencoder is None or latent is None and autoencoder.model.z_dim):
         raise UserError("--samples is missing; give a folder, or --config and --decoder_config to make the samples")
     if autoencoder is None and not REAL.value:

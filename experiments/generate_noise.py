@@ -16,7 +16,7 @@ from absl import flags
 from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from utils import cli, config, rng
+from utils import cli, config, rng, trained_config
 from utils.folder import ImageFolder
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for its data set and mollifier")
@@ -24,7 +24,7 @@ OUTPUT = flags.DEFINE_string("output", "noise", "folder for the images")
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     mollifier = build_diffusion(cfg).mollifier
     dataset = build_dataset(cfg, train=False)
     images = torch.cat([batch for batch, _ in all_batches(dataset, 64)])

@@ -22,7 +22,7 @@ from diffusion.samplers import SAMPLERS
 from experiments.sampling import MAX_POINTS as DEFAULT_MAX_POINTS
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, distributed, rng
+from utils import cli, config, distributed, rng, trained_config
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
@@ -42,7 +42,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: re
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     if not cfg.model.z_dim:
         raise UserError("config.model.z_dim=0: without an encoder nothing is reconstructed; use generate_samples.py")
     height, width = size = config.parse_image_size(SIZE.value, cfg.data.img_size)

@@ -22,7 +22,7 @@ from diffusion.generate import decode, encode
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
 from experiments.application import check_finite, latent_sampler, read_images, write_scores
 from models.load import autoencoder_path, load_autoencoder
-from utils import cli, config, rng
+from utils import cli, config, rng, trained_config
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
@@ -50,7 +50,7 @@ SHOWN = 8  # rows of the grid
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     check_finite(GUIDANCE, CONSISTENCY)
     diffusion = build_diffusion(cfg, STEPS.value)
     device = resolve_device(cfg.run.device)

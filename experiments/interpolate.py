@@ -27,7 +27,7 @@ from experiments.sampling import MAX_POINTS
 from experiments.walks import render, show
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, rng
+from utils import cli, config, rng, trained_config
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
@@ -56,7 +56,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: i
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     samples = LATENT_CONFIG.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)

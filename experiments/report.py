@@ -21,7 +21,7 @@ from configs.defaults import autoencoder_config, latent_config
 from data.datasets import build_dataset
 from experiments import report_sections as sections
 from models.load import autoencoder_path, latent_path
-from utils import cli, config, page
+from utils import cli, config, page, trained_config
 from utils.errors import UserError
 from utils.files import check_output_file, read_json, replacing
 
@@ -36,7 +36,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 def main():
     check_output_file(OUTPUT.value, "output")
-    latent, autoencoder = config.read_stages(CONFIG, DECODER_CONFIG)
+    latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if autoencoder is None:
         raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config where "
                         "--config is a latent one")

@@ -27,7 +27,7 @@ from experiments.enlargement import interpolations, read_inputs, score
 from experiments.sampling import MAX_POINTS
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, rng
+from utils import cli, config, rng, trained_config
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
@@ -54,7 +54,7 @@ SHOWN = 8  # rows of the grid
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     check_encoder(cfg)
     check_flags()
     diffusion = build_diffusion(cfg, STEPS.value)

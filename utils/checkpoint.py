@@ -149,16 +149,22 @@ def load_weights(module, state, path):
     module.load_state_dict(state)
 
 
+def architecture_fields(config):
+    """(section, name) of the fields of a config, also one as dicts, on which a network or what it predicts depends."""
+    for section, names in (("data", ("img_size", "channels")), ("model", None), ("diffusion", None)):
+        for name in config.get(section, {}):
+            if name in names if names else name not in ("backend", "attention"):
+                yield section, name
+
+
 def check_same_architecture(saved, current, path):
     """UserError naming the first field that differs between two configs (as dicts) and that a network depends on."""
-    for section, names in (("data", ("img_size", "channels")), ("model", None), ("diffusion", None)):
-        for name, value in current.get(section, {}).items():
-            before = saved.get(section, {}).get(name)
-            relevant = name in names if names else name not in ("backend", "attention")
-            if relevant and _plain(before) != _plain(value):
-                other = "; another size is sampled with --sample_img_size" if name == "img_size" else ""
-                raise UserError(f"{path} was trained with {section}.{name}={before!r}, the config has {value!r}; "
-                                f"use the same value, or another run.experiment{other}")
+    for section, name in architecture_fields(current):
+        before, value = saved.get(section, {}).get(name), current[section][name]
+        if _plain(before) != _plain(value):
+            other = "; another size is sampled with --sample_img_size" if name == "img_size" else ""
+            raise UserError(f"{path} was trained with {section}.{name}={before!r}, the config has {value!r}; "
+                            f"use the same value, or another run.experiment{other}")
 
 
 def _plain(value):

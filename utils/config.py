@@ -81,17 +81,13 @@ def read_latent_config(flag):
     if "mc_integral" in config:
         raise UserError(f"--{flag.name} is an autoencoder config (it has a mc_integral section); "
                         "give a latent config such as configs/ffhq_latent_config.py")
-    _check(config, latent_config(), flag.name)
+    check_latent_config(config, flag.name)
     return config
 
 
-def read_stages(flag, decoder_flag):
-    """(checked latent config or None, checked stage-1 config or None) of a script that takes either kind as `flag`, and
-    the stage-1 config that belongs to a latent one as `decoder_flag`."""
-    if flag.value is not None and "mc_integral" in flag.value and decoder_flag.value is None:
-        return None, read_autoencoder_config(flag)
-    return (None if flag.value is None else read_latent_config(flag),
-            None if decoder_flag.value is None else read_autoencoder_config(decoder_flag))
+def check_latent_config(config, name):
+    """UserError for a mistake in a stage-2 config; `name` is what the message calls it."""
+    _check(config, latent_config(), name)
 
 
 def check_same_latent(config, decoder_config):
