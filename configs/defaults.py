@@ -80,7 +80,7 @@ def autoencoder_config(img_size):
     config.diffusion = diffusion = ConfigDict()
     diffusion.steps = 1000
     diffusion.noise_schedule = "cosine"  # cosine, linear, shifted_cosine, const0.008
-    diffusion.schedule_sampler = "uniform"  # uniform, loss-second-moment, noisy-half (more of high noise)
+    diffusion.schedule_sampler = "uniform"  # uniform, loss-second-moment
     diffusion.loss_type = "mse"  # mse, l1, rescaled_mse
     diffusion.gaussian_filter_std = 1.0  # sigma of the mollifier, in pixels at img_size
     diffusion.mollifier_type = "dct"  # dct, none

@@ -1,4 +1,4 @@
-"""Which step of the chain each training sample is noised to, and the weight of its loss."""
+"""Which step of the chain each training sample is noised to, and the weight that keeps its loss unbiased."""
 
 import torch
 
@@ -6,13 +6,11 @@ from utils import distributed
 from utils.errors import UserError
 from utils.rng import rand
 
-SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "noisy-half")
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
 
 class UniformSampler:
     """Every one of `steps` steps equally likely, with weight 1. It has no state."""
-
-    name = "uniform"
 
     def __init__(self, steps):
         self.steps = steps
@@ -22,8 +20,7 @@ class UniformSampler:
         return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
     def sample(self, generators):
-        """Steps t int64 [B] and weights float32 [B] on the generators' device: 1 / (steps · probability of t), under
-        which the mean loss is that of all steps.
+        """Steps t int64 [B] and weights 1 / (steps · probability of t) float32 [B], on the generators' device.
 
         generators   one torch.Generator per sample; a step is a function of its generator and of the sampler's state
         """
@@ -46,27 +43,9 @@ class UniformSampler:
         """Raises UserError if the state is that of another sampler."""
         if state:
             raise UserError(
-                f"diffusion.schedule_sampler={self.name!r}, but the checkpoint was made with another; "
+                "diffusion.schedule_sampler='uniform', but the checkpoint was made with another; "
                 "use the config the run was started with"
             )
-
-
-class NoisyHalfSampler(UniformSampler):
-    """Three of four draws from the noisier half of the chain, and weight 1 all the same, so that it counts three times.
-
-    There z has to say what x_t does not, so it is where the encoder learns. For short trainings.
-    """
-
-    name = "noisy-half"
-
-    def probabilities(self, device="cpu"):
-        late = torch.arange(self.steps, device=device) >= self.steps // 2
-        shares = torch.where(late, 3.0, 1.0).double()
-        return shares / shares.sum()
-
-    def sample(self, generators):
-        t, weights = super().sample(generators)
-        return t, torch.ones_like(weights)
 
 
 class LossSecondMomentSampler(UniformSampler):
@@ -139,8 +118,6 @@ def build_timestep_sampler(config):
     name, steps = config.diffusion.schedule_sampler, config.diffusion.steps
     if name == "uniform":
         return UniformSampler(steps)
-    if name == "noisy-half":
-        return NoisyHalfSampler(steps)
     if name == "loss-second-moment":
         return LossSecondMomentSampler(steps)
     raise UserError(f"diffusion.schedule_sampler={name!r} is unknown; use one of {', '.join(SCHEDULE_SAMPLERS)}")

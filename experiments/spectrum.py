@@ -22,7 +22,7 @@ from absl import flags
 from data.inputs import heldout_images
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from utils import cli, config
+from utils import cli, config, trained_config
 from utils.errors import UserError
 from utils.files import check_writable, replacing
 from utils.images import to_uint8
@@ -36,7 +36,7 @@ OUTPUT = flags.DEFINE_string("output", "spectrum", "folder for spectrum.png and 
 
 
 def main():
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     if not SAMPLES.value:
         raise UserError("--samples is missing; give folders that generate_samples.py made, separated by commas")
     output = Path(OUTPUT.value)

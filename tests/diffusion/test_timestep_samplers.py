@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from configs.defaults import autoencoder_config, latent_config
-from diffusion.timestep_samplers import (
-    LossSecondMomentSampler,
-    NoisyHalfSampler,
-    UniformSampler,
-    build_timestep_sampler,
-)
+from diffusion.timestep_samplers import LossSecondMomentSampler, UniformSampler, build_timestep_sampler
 from utils.errors import UserError
 from utils.rng import generator, sample_generators
 
@@ -38,21 +33,6 @@ def test_uniform_draws_every_step_equally_often_with_weight_1():
     counts = torch.bincount(t, minlength=STEPS)
     assert t.dtype == torch.int64 and weights.dtype == torch.float32 and (weights == 1).all()
     assert counts.shape == (STEPS,) and (counts - 400).abs().max() < 100
-
-
-@pytest.mark.parametrize("steps", [2, 7, 20])
-def test_noisy_half_draws_it_three_times_as_often_and_does_not_undo_it(steps):
-    sampler = NoisyHalfSampler(steps)
-    probabilities = sampler.probabilities()
-    assert probabilities.sum().item() == pytest.approx(1)
-    assert torch.allclose(probabilities[steps // 2 :], 3 * probabilities[0])
-    t, weights = sampler.sample(generators(range(4000)))
-    counts = torch.bincount(t, minlength=steps)
-    assert ((counts - 4000 * probabilities).abs() < 5 * (4000 * probabilities).sqrt()).all()
-    assert weights.dtype == torch.float32 and (weights == 1).all()
-    sampler.load_state_dict(sampler.state_dict())
-    with pytest.raises(UserError, match="schedule_sampler='noisy-half'"):
-        sampler.load_state_dict(informed().state_dict())
 
 
 def test_loss_second_moment_is_uniform_until_every_step_has_ten_losses():
