@@ -18,7 +18,7 @@ def overridden(tmp_path_factory):
     ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
     latent = write_config_file(tiny_latent_config(folder / "checkpoints"), folder / "latent.py")
     both = ["--config", latent, "--decoder_config", ae]
-    assert run_script("train_inf_ae_diffusion.py", "--config", ae, "--config.diffusion.gaussian_filter_std=0.7",
+    assert run_script("train_inf_ae_diffusion.py", "--config", ae, "--config.diffusion.gaussian_filter_std=1.5",
                       *(f"--config.model.{field}" for field in TRAINED_WITH)).code == 0
     assert run_script("train_latent_diffusion.py", *both, "--config.model.z_dim=5",
                       "--config.model.hidden_dim=12").code == 0
@@ -36,12 +36,16 @@ def test_what_was_overridden_to_train_need_not_be_said_again(overridden, tmp_pat
         name = "w.safetensors" if "export" in script else "images"
         ran = run_script(script, *configs, *more, "--output", tmp_path / script.split("/")[-1] / name)
         assert ran.code == 0, ran.err
+    ran = run_script("experiments/spectrum.py", *single, "--samples", tmp_path / "generate_samples.py" / "images",
+                     "--output", tmp_path / "spectrum")
+    assert ran.code == 0, ran.err
+    assert "wavenumbers 1 to 8;" in ran.out  # those that the mollifier of the run keeps; that of the config: 12
 
 
 @pytest.mark.parametrize(("field", "message"), [
     ("model.nf=6", "was trained with model.nf=4, the config has 6"),
     ("model.uno_mults=(1,2)", r"was trained with model.uno_mults=[2, 2], the config has (1, 2)"),
-    ("diffusion.gaussian_filter_std=1.0", "was trained with diffusion.gaussian_filter_std=0.7, the config has 1.0"),
+    ("diffusion.gaussian_filter_std=1.0", "was trained with diffusion.gaussian_filter_std=1.5, the config has 1.0"),
 ])
 def test_a_field_on_the_command_line_that_contradicts_the_run_is_refused(overridden, tmp_path, field, message):
     ran = run_script("experiments/generate_recons.py", *overridden[0], f"--config.{field}", "--num_samples=2",
