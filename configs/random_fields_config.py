@@ -1,8 +1,8 @@
 """Gaussian random fields as functions (data/random_fields.py), at 32²: five minutes on one CPU thread.
 
-The network of the demo for one channel. It predicts T xi, for fine details are learnt at low noise, which the demo's target
-weighs least. README, Functions, has the commands and what was seen: the spectrum of samples
-at 32², 64² and 128² beside the true one.
+The network of the demo for one channel. It predicts T xi, for fine details are learnt at low noise, which the demo's
+target weighs least. README, Functions, has the commands and what was seen: the spectrum of samples at 32², 64² and 128²
+beside the true one.
 """
 
 from configs.demo_config import get_config as demo_config

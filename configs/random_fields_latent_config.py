@@ -1,4 +1,4 @@
-"""The latent model over random_fields: a minute and a half on one CPU thread, with the encoding."""
+"""The latent model over random_fields: half a minute on one CPU thread, after the encoding."""
 
 from configs.demo_latent_config import get_config as demo_latent_config
 
