@@ -151,7 +151,11 @@ def _full(batch, size, device):
 
 def _smallest(score, count):
     """Places of the `count` smallest scores of each row, in ascending order of place."""
-    return score.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    smallest = score.topk(count, dim=1, largest=False, sorted=False).indices
+    if score.device.type != "cpu":
+        return smallest.sort(dim=1).values
+    taken = torch.zeros(score.shape, dtype=torch.bool).scatter_(1, smallest, True)  # sorting would take longer
+    return taken.nonzero()[:, 1].view(smallest.shape)
 
 
 @functools.lru_cache(maxsize=8)
