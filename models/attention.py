@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.normalisation import normalise
 from utils.errors import UserError
 
 HEAD_WIDTH = 32
@@ -14,7 +15,7 @@ KINDS = ("auto", "sdpa", "flash_attn")
 
 
 class Attention(nn.Module):
-    """Residual multi-head attention: x + Linear(attention(LayerNorm(x))), max(width / 32, 4) heads of 32 (METHOD 4).
+    """Residual multi-head attention: x + nn.Linear(attention(LayerNorm(x))), max(width / 32, 4) heads of 32 (METHOD 4).
 
     kind    auto        flash_attn where it is installed and applies (CUDA, half precision), otherwise sdpa
             sdpa        F.scaled_dot_product_attention
@@ -36,7 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """x [B, G, G, width] -> the same shape."""
-        qkv = self.qkv(self.norm(x)).flatten(1, 2).unflatten(2, (3, self.heads, HEAD_WIDTH))
+        qkv = self.qkv(normalise(x, self.norm)).flatten(1, 2).unflatten(2, (3, self.heads, HEAD_WIDTH))
         q, k, v = qkv.unbind(2)  # each [B, G * G, heads, 32]
         attention = _flash_attention if self._uses_flash(q) else _sdpa
         return x + self.out(attention(q, k, v).reshape(*x.shape[:-1], -1))

@@ -86,10 +86,11 @@ class Conditioning(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, t, z):
-        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""
+        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place, in
+        float32."""
         scale_t, shift_t = self.time(F.gelu(t)).chunk(2, dim=1)
         scale_z = 1 if self.latent is None else 1 + self._latent_scales(F.gelu(self.latent(z)))
-        scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
+        scale, shift = ((1 + scale_t) * scale_z).float(), (shift_t * scale_z).float()
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 
     def _latent_scales(self, hidden):

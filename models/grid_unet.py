@@ -7,12 +7,13 @@ dimension, and convolutions see the same memory as an NCHW tensor in channels_la
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models import recompute
 from models.attention import Attention
 from models.conditioning import FiLM
+from models.layers import Conv, ConvTranspose
+from models.normalisation import normalise
 from models.spectral import SpectralConv
 
 HEAD = 128  # width of the hidden layer after the last level
@@ -57,7 +58,7 @@ class GridDown(nn.Module):
             self.stages.append(nn.ModuleList(
                 Stage(spec, width, width, resolution) for _ in range(blocks)
             ))
-            self.downs.append(_Conv(width, below, 3, stride=1 if level + 1 == len(resolutions) else 2, padding=1))
+            self.downs.append(Conv(width, below, 3, stride=1 if level + 1 == len(resolutions) else 2, padding=1))
         width, resolution = widths[-1], resolutions[-1]
         self.middle = nn.ModuleList([
             Stage(spec, width, width, resolution, attention=True),
@@ -93,7 +94,7 @@ class GridUNet(nn.Module):
                 Stage(spec, below + width, below, spec.resolutions[level])
                 for _ in range(spec.blocks_per_level[level])
             ))
-            up = _ConvTranspose(below, width, 4, stride=2, padding=1) if level else _Conv(below, width, 3, padding=1)
+            up = ConvTranspose(below, width, 4, stride=2, padding=1) if level else Conv(below, width, 3, padding=1)
             self.ups.append(up)
         self.head = nn.Sequential(nn.Linear(widths[0], HEAD), nn.GELU(), nn.Linear(HEAD, widths[0]))
 
@@ -140,34 +141,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, modulation=None):
         """x [B, G, G, width_in] -> [B, G, G, width_out]."""
-        h = self.conv_in(F.gelu(self.norm_in(x)))
-        h = self.film(self.norm_out(h), modulation)
-        return self.shortcut(x) + self.conv_out(self.dropout(F.gelu(h)))
+        h = self.conv_in(normalise(x, self.norm_in, gelu=True))
+        h = normalise(h, self.norm_out, self.film, modulation, gelu=True, dropout=self.dropout)
+        return self.shortcut(x) + self.conv_out(h)
 
 
 def _conv3(spec, width_in, width_out, resolution):
     if spec.conv_type == "spectral":
         return SpectralConv(width_in, width_out, resolution)
-    return _Conv(width_in, width_out, 3, padding=1)
-
-
-class _Conv(nn.Conv2d):
-    """F.conv2d of [B, G, G, C] features."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class _ConvTranspose(nn.ConvTranspose2d):
-    """F.conv_transpose2d of [B, G, G, C] features."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return Conv(width_in, width_out, 3, padding=1)

@@ -5,12 +5,12 @@ computed once for them.
 """
 
 import functools
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from models import compiled
 from models.nearest import nearest_pixels
 
 TINY = 1e-20  # keeps the weight of a pixel that coincides with a node finite; neighbours are > 1e-10 apart
@@ -75,7 +75,8 @@ class Mixture:
     def __call__(self, features):
         rows = features.flatten(0, 1)
         # On a CPU the gradient that PyTorch has for embedding_bag takes more time than all of the rest.
-        mixed = _MixRows.apply(rows, self) if rows.device.type == "cpu" else self.mix(rows)
+        by_loops = rows.device.type == "cpu" and compiled.is_available()
+        mixed = _MixRows.apply(rows, self) if by_loops else self.mix(rows)
         return mixed.unflatten(0, (self.images, -1))
 
     def mix(self, rows):
@@ -83,20 +84,16 @@ class Mixture:
 
     @functools.cached_property
     def transposed(self):
-        """The sums as a sparse matrix [all rows, all sums]."""
-        sums, k = self.place.shape
-        ends = torch.arange(0, sums * k + 1, k, device=self.place.device)
-        shape = (sums, self.images * self.count)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            matrix = torch.sparse_csr_tensor(
-                ends, self.place.flatten(), self.weight.flatten(), shape, check_invariants=False).to_sparse_csc()
-            return torch.sparse_csr_tensor(
-                matrix.ccol_indices(), matrix.row_indices(), matrix.values(), shape[::-1], check_invariants=False)
+        """The sums of each row, as models/loops/mixture.py lists them."""
+        pairs = self.place.numel()
+        start = torch.empty(self.images * self.count + 1, dtype=torch.int64)
+        which, factor = torch.empty(pairs, dtype=torch.int64), torch.empty(pairs, dtype=self.weight.dtype)
+        compiled.run("mixture.transpose", self.place, self.weight, start, which, factor)
+        return start, which, factor
 
 
 class _MixRows(torch.autograd.Function):
-    """Mixture.mix, with the gradient as a product with the transposed sparse matrix."""
+    """Mixture.mix, with a gradient that goes through the rows, in the order of the sums that each takes part in."""
 
     @staticmethod
     def forward(ctx, rows, mixture):
@@ -106,7 +103,7 @@ class _MixRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        with torch.autocast("cpu", enabled=False):
-            matrix = ctx.mixture.transposed
-            wide = grad if grad.dtype == torch.float64 else grad.float()  # half precision has no sparse products
-            return (matrix.to(wide.dtype) @ wide).to(grad.dtype), None
+        wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
+        out = wide.new_empty(ctx.mixture.images * ctx.mixture.count, wide.shape[1])
+        compiled.run("mixture.gather", *ctx.mixture.transposed, wide, out)
+        return out.to(grad.dtype), None

@@ -116,7 +116,7 @@ def _choose_search(device):
 def _search_compiled(table, offsets, grid_size, k):
     place = torch.empty((len(table), grid_size**2, k), dtype=torch.int64)
     squared_distance = torch.empty(place.shape)
-    compiled.run("nearest", table, grid_size, *vars(offsets).values(), place, squared_distance)
+    compiled.run("nearest.nearest", table, grid_size, *vars(offsets).values(), place, squared_distance)
     return place, squared_distance
 
 

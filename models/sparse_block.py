@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.conditioning import FiLM
+from models.normalisation import normalise
 from models.sparse_conv import sparse_conv
 
 
@@ -38,8 +39,8 @@ class SparseBlock(nn.Module):
     def forward(self, x, coords, modulation=None):
         """x [B, L, nf] at coords, modulation from models.conditioning.Conditioning -> [B, L, nf]."""
         kernel = resize_kernel(self.kernel, coords.image_size, self.train_size)
-        x = x + sparse_conv(self.film_conv(self.norm_conv(x), modulation), kernel, coords, self.backend)
-        return x + self.mlp(self.film_mlp(self.norm_mlp(x), modulation))
+        x = x + sparse_conv(normalise(x, self.norm_conv, self.film_conv, modulation), kernel, coords, self.backend)
+        return x + self.mlp(normalise(x, self.norm_mlp, self.film_mlp, modulation))
 
 
 def resize_kernel(kernel, size, train_size):

@@ -52,7 +52,8 @@ def _neighbours(coords, kh, kw):
     """
     start = F.pad(neighbour_counts(coords, (kh, kw)).flatten().long().cumsum(0), (1, 0))
     near, tap = (torch.empty(int(start[-1]), dtype=dtype) for dtype in (torch.int32, torch.int16))
-    run("neighbours", coords.index.contiguous(), coords.table.unflatten(1, coords.size), (kh, kw), start, near, tap)
+    table = coords.table.unflatten(1, coords.size)
+    run("sparse_conv.neighbours", coords.index.contiguous(), table, (kh, kw), start, near, tap)
     return start, near, tap
 
 
@@ -83,7 +84,7 @@ def correlate(
     before, after = before.flatten(), after.flatten()
     if weight.dim() == 3:
         out = torch.empty_like(wide)
-        run("correlate", wide, kernel, start, near, tap, before, after, out)
+        run("sparse_conv.correlate", wide, kernel, start, near, tap, before, after, out)
     else:
         out = wide.new_zeros(len(wide), weight.shape[3])
         wide = wide * before[:, None]
@@ -103,7 +104,7 @@ def correlate_weight_gradient(
     before, after = before.flatten(), after.flatten()
     out = features.new_empty(weight.shape).flatten(0, 1)
     if weight.dim() == 3:
-        run("weight_gradient", features, grad, start, near, tap, before, after, out)
+        run("sparse_conv.weight_gradient", features, grad, start, near, tap, before, after, out)
     else:
         features, grad = features * before[:, None], grad * after[:, None]
         for matrix, (point, neighbour) in zip(out, _pairs_by_tap(start, near, tap, len(out)), strict=True):
@@ -129,7 +130,7 @@ def image_weight_gradient(image: Tensor, grad: Tensor, weight: Tensor) -> Tensor
     image, grad = _widen(image), _widen(grad)
     if weight.dim() == 3:
         out = image.new_empty(weight.shape)
-        run("image_weight_gradient", image, grad, (kh, kw), out.flatten(0, 1))
+        run("sparse_conv.image_weight_gradient", image, grad, (kh, kw), out.flatten(0, 1))
     else:
         image, grad = image.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
         shape = (weight.shape[3], weight.shape[2], kh, kw)

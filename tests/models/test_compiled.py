@@ -20,14 +20,14 @@ def test_says_so_when_it_compiles(caplog, tmp_path, monkeypatch):
         class stats:
             cache_path = str(tmp_path)
 
-    monkeypatch.setattr("models.backends._numba_kernels.pretend", Kernel, raising=False)
+    monkeypatch.setattr("models.loops.nearest.pretend", Kernel, raising=False)
     with caplog.at_level(logging.INFO):
-        compiled._kernel("pretend")
-        assert "compiling pretend" in caplog.text
+        compiled._kernel("nearest.pretend")
+        assert "compiling nearest.pretend" in caplog.text
         caplog.clear()
         compiled._kernel.cache_clear()
-        (tmp_path / "_numba_kernels.pretend-10.py311.1.nbc").touch()
-        compiled._kernel("pretend")
+        (tmp_path / "nearest.pretend-10.py311.1.nbc").touch()
+        compiled._kernel("nearest.pretend")
         assert not caplog.text
     compiled._kernel.cache_clear()
 
@@ -79,9 +79,9 @@ def test_no_folder_to_write_to_is_no_obstacle():
         "from numba.core.caching import CacheImpl\n"
         "CacheImpl._locator_classes = []\n"
         "from models import compiled\n"
-        "from models.backends import _numba_kernels\n"
-        "assert _numba_kernels.nearest.stats.cache_path is None\n"
-        "assert compiled._kernel('nearest')[1] is _numba_kernels.nearest\n"
+        "from models.loops import nearest\n"
+        "assert nearest.nearest.stats.cache_path is None\n"
+        "assert compiled._kernel('nearest.nearest')[1] is nearest.nearest\n"
     )
 
 

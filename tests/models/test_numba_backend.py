@@ -176,4 +176,4 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     run = backend.run
     monkeypatch.setattr(backend, "run", lambda name, *arguments: (called.append(name), run(name, *arguments)))
     backend.sparse_conv(features, weight.detach(), coords).sum().backward()
-    assert called == ["neighbours", "correlate", "correlate"]
+    assert called == ["sparse_conv.neighbours", "sparse_conv.correlate", "sparse_conv.correlate"]

@@ -1,99 +1,9 @@
-"""Loops compiled by numba: the search of nearest pixels and the depthwise sparse operator.
-
-Imported only where numba is installed, through models/backends/numba.py, which also says how the loops are run.
-"""
-
-import math
+"""The depthwise sparse operator; models/backends/numba.py says how the loops are used."""
 
 import numpy as np
 from numba import njit, prange
 
-
-def compiled(**options):
-    """njit on all cores, kept on disk (NUMBA_CACHE_DIR, beside this file, or the user's cache folder)."""
-
-    def decorate(function):
-        try:
-            return njit(parallel=True, nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder that it may write to
-            return njit(parallel=True, nogil=True, **options)(function)
-
-    return decorate
-
-
-@njit(inline="always")
-def insert(best, pixel, squared, candidate):
-    """Insert a candidate in lists kept in order of distance, then of raster index; the last entry drops out."""
-    slot = best.size
-    while slot > 0 and (squared < best[slot - 1] or (squared == best[slot - 1] and candidate < pixel[slot - 1])):
-        slot -= 1
-    for later in range(best.size - 1, slot, -1):
-        best[later] = best[later - 1]
-        pixel[later] = pixel[later - 1]
-    if slot < best.size:
-        best[slot] = squared
-        pixel[slot] = candidate
-
-
-@njit
-def search_rows(table, grid_size, i, j, unit, place, squared_distance):
-    """The nearest pixels of node (i, j), for the few nodes with none close by: whole rows, from the node outwards."""
-    height, width = table.shape
-    common = math.gcd(height, width)
-    best = np.full(place.size, np.inf)
-    pixel = np.full(place.size, height * width)
-    middle = (2 * i + 1) * height // (2 * grid_size)
-    for step in range(2 * height):
-        row = middle + ((step + 1) // 2 if step % 2 else -(step // 2))
-        if row < 0 or row >= height:
-            continue
-        offset = (width // common) * ((2 * row + 1) * grid_size - (2 * i + 1) * height)
-        from_row = float(offset) ** 2
-        if from_row > best[-1]:
-            continue
-        for column in range(width):
-            if table[row, column] >= 0:
-                offset = (height // common) * ((2 * column + 1) * grid_size - (2 * j + 1) * width)
-                squared = from_row + float(offset) ** 2
-                if squared <= best[-1]:
-                    insert(best, pixel, squared, row * width + column)
-    for slot in range(place.size):
-        place[slot] = table[pixel[slot] // width, pixel[slot] % width]
-        squared_distance[slot] = best[slot] * unit
-
-
-@compiled()  # exact comparison of distances: no fastmath
-def nearest(table, grid_size, reach, start, phase, order, distance, unit, place, squared_distance):
-    """The k nearest present pixels of every node of a grid; see models/nearest.py, whose `_Offsets` are reach ... unit.
-
-    table               int32 [B, H, W], Coordinates.table
-    place               int64 [B, G * G, k], written
-    squared_distance    float32 [B, G * G, k], written
-    """
-    batch, height, width = table.shape
-    k = place.shape[2]
-    padded = np.full((batch, height + 2 * reach[0], width + 2 * reach[1]), -1, np.int32)
-    for image in prange(batch):
-        for row in range(height):
-            padded[image, row + reach[0], reach[1] : reach[1] + width] = table[image, row]
-    padded = padded.reshape(batch, -1)
-
-    for line in prange(batch * grid_size):
-        image, i = divmod(np.int64(line), grid_size)  # prange counts in unsigned: differences would become floats
-        for j in range(grid_size):
-            node = i * grid_size + j
-            which = phase[0, i] + phase[1, j]
-            found = 0
-            for n in range(order.shape[1]):
-                present = padded[image, start[0, i] + start[1, j] + order[which, n]]
-                place[image, node, found] = present  # even if absent, for a branch would be hard to predict
-                squared_distance[image, node, found] = distance[which, n]
-                found += present >= 0
-                if found == k:
-                    break
-            if found < k:
-                search_rows(table[image], grid_size, i, j, unit, place[image, node], squared_distance[image, node])
-
+from models.loops.common import add_up, compiled
 
 CHUNK = 512  # points that one thread takes at a time; the order of sums depends on it, never on the number of threads
 ROWS = 4  # likewise rows of an image
@@ -217,14 +127,3 @@ def add_products(total, g, h, x, last, step):
         for c in range(channels):
             total[c] += g0[c] * h0[c]
         x += 1
-
-
-@njit(parallel=True)
-def add_up(partial, out):
-    """out = sum of partial [chunks, taps, C] over the chunks, in order."""
-    chunks, taps, channels = partial.shape
-    for tap in prange(taps):
-        out[tap] = 0
-        for chunk in range(chunks):
-            for c in range(channels):
-                out[tap, c] += partial[chunk, tap, c]

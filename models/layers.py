@@ -1,0 +1,77 @@
+"""Linear and convolution layers of [B, ..., C] features, with gradients that suit a CPU in half precision.
+
+What PyTorch computes there for the weights is slow where a large sum makes a small matrix (Linear at all points), and
+where few nodes meet a large kernel (3×3 at the low levels of the U-Net). Both are matrix products in disguise.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class Conv(nn.Conv2d):
+    """F.conv2d of [B, H, W, C] features: the same memory as NCHW features in channels_last format."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        if _trains_in_half(x) and self._is_large_for(x):
+            return _Conv3.apply(x, self.weight, self.bias)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _is_large_for(self, x):
+        taps = self.in_channels * 9
+        return self.kernel_size == (3, 3) and self.stride == (1, 1) and x.numel() // self.in_channels < taps
+
+
+class ConvTranspose(nn.ConvTranspose2d):
+    """F.conv_transpose2d of [B, H, W, C] features."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _trains_in_half(x):
+    return (x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
+
+
+class _Conv3(torch.autograd.Function):
+    """3×3 convolution in the dtype of autocast, whose gradient in the weight is one matrix product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.dtype = x.dtype
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias.to(dtype), padding=1).permute(0, 2, 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            shape = x.permute(0, 3, 1, 2).shape
+            grad_x = torch.nn.grad.conv2d_input(shape, weight, grad.permute(0, 3, 1, 2), padding=1)
+            grad_x = grad_x.permute(0, 2, 3, 1).to(ctx.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = (rows.T @ _windows(x)).view(-1, 3, 3, x.shape[-1]).permute(0, 3, 1, 2).float()
+        return grad_x, grad_weight, rows.sum(0).float()
+
+
+def _windows(x):
+    """The 3×3 neighbourhoods of all nodes of [B, H, W, C], as rows [B H W, 9 C]."""
+    batch, height, width, channels = x.shape
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    image, row, column, channel = padded.stride()
+    shape, stride = (batch, height, width, 3, 3, channels), (image, row, column, row, column, channel)
+    return padded.as_strided(shape, stride).reshape(-1, 9 * channels)

@@ -1,0 +1,206 @@
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models import compiled, normalisation
+from models.conditioning import FiLM
+from models.normalisation import normalise
+from tests.reference.normalisation import normalise as reference
+
+pytestmark = pytest.mark.skipif(not compiled.is_available(), reason=compiled.unavailable_reason())
+SHAPES = [(2, 9, 32), (3, 5, 7, 24), (1, 1, 1), (2, 3, 1), (2, 2, 5000), (2, 700, 33), (1, 4, 4, 96)]
+
+
+def draw(shape, modulated, dtype=torch.float32):
+    """(x, LayerNorm, FiLM, modulation, gradient of the result): random, of which all but the last need gradients."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    norm, film = nn.LayerNorm(shape[-1]), FiLM(shape[-1])
+    film.place = 0
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, mean=0.5, generator=generator)
+    x = (torch.randn(shape, generator=generator) * 2 + 1).to(dtype).requires_grad_()
+    vectors = [torch.randn(shape[0], shape[-1], generator=generator).requires_grad_() for _ in range(2)]
+    return x, norm, film, [tuple(vectors)] if modulated else None, torch.randn(shape, generator=generator).to(dtype)
+
+
+def expected(x, norm, modulation, gelu, grad):
+    """The reference in float64: (result, gradients of x, weight, bias and, where there is a modulation, of that)."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (x, *norm.parameters(), *(modulation or [()])[0])]
+    groups = (1, x.shape[-1])
+    film = leaves[3:] or [torch.ones(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)]
+    out = reference(*leaves[:3], *film, gelu)
+    return out, torch.autograd.grad(out, leaves, grad.double())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
+def test_is_the_formula(shape, modulated, gelu, dtype, tolerance):
+    x, norm, film, modulation, grad = draw(shape, modulated, dtype)
+    out = normalise(x, norm, film, modulation, gelu)
+    gradients = torch.autograd.grad(out, [x, *norm.parameters(), *(modulation or [()])[0]], grad)
+    wanted, wanted_gradients = expected(x, norm, modulation, gelu, grad)
+    assert out.dtype == gradients[0].dtype == dtype
+    for ours, theirs in zip([out, *gradients], [wanted, *wanted_gradients], strict=True):
+        largest = theirs.abs().max().item() if shape[-1] > 1 else 316.0  # what rounding is multiplied by, eps ** -0.5
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(largest, 1e-3))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_says_the_precision_of_the_result(x_dtype):
+    x, norm, film, modulation, grad = draw((2, 9, 32), True, x_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = normalise(x, norm, film, modulation, gelu=True)
+    assert out.dtype == torch.bfloat16
+    out.backward(grad.bfloat16())
+    assert x.grad.dtype == x_dtype
+    torch.testing.assert_close(out.double(), expected(x, norm, modulation, True, grad)[0], rtol=5e-3, atol=5e-3)
+
+
+def test_gelu_of_any_number():
+    """A row of two numbers normalises to -1 and 1, which FiLM takes to anything."""
+    h = torch.cat([torch.linspace(-14, 14, 5001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e4, -3e4, 1e30, -1e30])])
+    x = torch.tensor([-1.0, 1.0]).expand(len(h), 1, 2)
+    norm, film = nn.LayerNorm(2, eps=1e-12), SimpleNamespace(place=0)
+    scale = torch.zeros(len(h), 2)
+    out = normalise(x, norm, film, [(scale, h[:, None].expand(-1, 2))], gelu=True)[:, 0, 0]
+    wanted = torch.nn.functional.gelu(h.double())
+    assert ((out.double() - wanted).abs() <= 2.5e-7 * h.double().abs().clamp(min=1e-3)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_number_spoils_its_row_and_no_other(value, dtype):
+    x, norm, _, _, grad = draw((2, 9, 32), False, dtype)
+    with torch.no_grad():
+        x[1, 3, 5] = value
+    out = normalise(x, norm, gelu=True)
+    out.backward(grad)
+    for tensor in (out, x.grad):
+        good = tensor.isfinite().all(dim=-1)
+        assert good.sum() == 17
+        assert not good[1, 3]
+        assert tensor[1, 3].isnan().all()
+    assert norm.weight.grad.isnan().all()
+
+
+def test_results_do_not_depend_on_threads():
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            x, norm, film, modulation, grad = draw((3, 801, 40), True)
+            out = normalise(x, norm, film, modulation, gelu=True)
+            results.append([out, *torch.autograd.grad(out, [x, *norm.parameters(), *modulation[0]], grad)])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_values_and_gradients_need_not_be_contiguous():
+    x, norm, film, modulation, grad = draw((2, 9, 32), True)
+    out = normalise(x, norm, film, modulation)
+    (wanted,) = torch.autograd.grad(out, x, grad)
+    turned = x.detach().transpose(1, 2).contiguous().requires_grad_()
+    again = normalise(turned.transpose(1, 2), norm, film, modulation)
+    (found,) = torch.autograd.grad(again, turned, grad.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(again, out)
+    assert torch.equal(found.transpose(1, 2), wanted)
+
+
+def test_one_by_one_gives_the_same(monkeypatch):
+    """Without numba, and in float64, which the loops do not know."""
+    x, norm, film, modulation, _ = draw((2, 9, 32), True)
+    out = normalise(x, norm, film, modulation, gelu=True)
+    monkeypatch.setattr(normalisation, "_can_fuse", lambda x: False)
+    torch.testing.assert_close(normalise(x, norm, film, modulation, gelu=True), out)
+    monkeypatch.undo()
+    modulation = [tuple(vector.double() for vector in modulation[0])]
+    wide = normalise(x.double(), norm.double(), film, modulation, gelu=True)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), out)
+
+
+def test_second_derivatives_are_refused():
+    x, norm, _, _, _ = draw((2, 9, 32), False)
+    (gradient,) = torch.autograd.grad(normalise(x, norm).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def dropped(shape, rate, seed, x=None):
+    """normalise with dropout: (which numbers are kept, result, x)."""
+    norm = nn.LayerNorm(shape[-1])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() if x is None else x
+    torch.manual_seed(seed)
+    out = normalise(x, norm, dropout=nn.Dropout(rate))
+    return out != 0, out, x
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_scales_the_rest(rate):
+    shape = (8, 512, 64)
+    kept, out, x = dropped(shape, rate, seed=3)
+    count = kept.numel()
+    assert abs(kept.float().mean().item() - (1 - rate)) < 5 * (rate * (1 - rate) / count) ** 0.5
+    plain = normalise(x, nn.LayerNorm(shape[-1]))
+    torch.testing.assert_close(out[kept], plain[kept] / (1 - rate))
+    out.sum().backward()  # without dropout the sum over a row is 0 and has no gradient
+    assert x.grad.abs().mean() > 0.01
+
+
+def test_dropped_numbers_have_no_gradient():
+    """Through FiLM: a shift's gradient is the sum of those of the numbers that were kept."""
+    x, _, film, modulation, _ = draw((2, 1, 64), True)
+    torch.manual_seed(0)
+    out = normalise(x, nn.LayerNorm(64), film, modulation, dropout=nn.Dropout(0.5))
+    (gradient,) = torch.autograd.grad(out.sum(), modulation[0][1])
+    assert torch.equal(gradient, (out[:, 0] != 0).float() * 2)
+
+
+def test_dropout_follows_the_seed_and_neighbours_are_independent():
+    shape = (4, 256, 64)
+    first, again, other = (dropped(shape, 0.5, seed)[0].flatten().float() for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    bound = 5 / first.numel() ** 0.5
+    sign = 2 * first - 1
+    assert abs((sign * (2 * other - 1)).mean()) < bound
+    for lag in (1, 2, 3, 8, 16, 64, 4096):
+        assert abs((sign[lag:] * sign[:-lag]).mean()) < bound, lag
+
+
+def test_recomputed_activations_drop_the_same_numbers():
+    _, out, x = dropped((2, 64, 32), 0.5, seed=3)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    (wanted,) = torch.autograd.grad((out * weights).sum(), x)
+    torch.manual_seed(3)
+    out = checkpoint(normalise, x, nn.LayerNorm(32), dropout=nn.Dropout(0.5), use_reentrant=False)
+    torch.manual_seed(99)
+    (found,) = torch.autograd.grad((out * weights).sum(), x)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_in_eval_mode(training):
+    dropout = nn.Dropout(0.5).train(training)
+    out = normalise(torch.randn(2, 64, 32), nn.LayerNorm(32), dropout=dropout)
+    assert (out == 0).any() == training
+
+
+def test_nothing_is_random_without_dropout():
+    state = torch.get_rng_state()
+    normalise(torch.randn(2, 4, 8, generator=torch.Generator()), nn.LayerNorm(8), gelu=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()])
+def test_empty_batches_and_no_gradients(context):
+    with context:
+        assert normalise(torch.randn(0, 4, 8), nn.LayerNorm(8)).shape == (0, 4, 8)
+        assert normalise(torch.randn(2, 4, 8), nn.LayerNorm(8)).shape == (2, 4, 8)
