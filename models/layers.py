@@ -1,7 +1,7 @@
-"""Linear and convolution layers of [B, ..., C] features, with gradients that suit a CPU in half precision.
+"""Convolution layers of [B, H, W, C] features, the same memory as NCHW features in channels_last format.
 
-What PyTorch computes there for the weights is slow where a large sum makes a small matrix (Linear at all points), and
-where few nodes meet a large kernel (3×3 at the low levels of the U-Net). Both are matrix products in disguise.
+At the low levels of the U-Net few nodes meet large kernels. In half precision on a CPU the gradient of such a kernel is
+found in half of the time by a single matrix product.
 """
 
 import torch
@@ -11,20 +11,20 @@ from torch.autograd.function import once_differentiable
 
 
 class Conv(nn.Conv2d):
-    """F.conv2d of [B, H, W, C] features: the same memory as NCHW features in channels_last format."""
+    """F.conv2d of [B, H, W, C] features."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        if _trains_in_half(x) and self._is_large_for(x):
+        if self.kernel_size == (3, 3) and self.stride == (1, 1) and _trains_in_half(x) and self._exceeds(x):
             return _Conv3.apply(x, self.weight, self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def _is_large_for(self, x):
-        taps = self.in_channels * 9
-        return self.kernel_size == (3, 3) and self.stride == (1, 1) and x.numel() // self.in_channels < taps
+    def _exceeds(self, x):
+        """Whether a kernel has more numbers for an output than there are nodes."""
+        return x.numel() // self.in_channels < 9 * self.in_channels
 
 
 class ConvTranspose(nn.ConvTranspose2d):
@@ -58,14 +58,14 @@ class _Conv3(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = None
+        rows, grad_x, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None
         if ctx.needs_input_grad[0]:
             shape = x.permute(0, 3, 1, 2).shape
             grad_x = torch.nn.grad.conv2d_input(shape, weight, grad.permute(0, 3, 1, 2), padding=1)
             grad_x = grad_x.permute(0, 2, 3, 1).to(ctx.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = (rows.T @ _windows(x)).view(-1, 3, 3, x.shape[-1]).permute(0, 3, 1, 2).float()
-        return grad_x, grad_weight, rows.sum(0).float()
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.T @ _windows(x)).view(-1, 3, 3, x.shape[-1]).permute(0, 3, 1, 2).float()
+        return grad_x, grad_weight, rows.sum(0).float() if ctx.needs_input_grad[2] else None
 
 
 def _windows(x):

@@ -24,7 +24,7 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
     dropout     nn.Dropout or None
     Returns [B, ..., C]; with autocast on a CPU in its dtype, as what follows would convert it anyway.
     """
-    if _can_fuse(x):
+    if _can_fuse(x, norm):
         scale, shift = (None, None) if film is None or modulation is None else modulation[film.place]
         rate = dropout.p if dropout is not None and dropout.training else 0.0
         return _Fused.apply(x, norm.weight, norm.bias, scale, shift, norm.eps, gelu, rate)
@@ -34,9 +34,13 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
     return h if dropout is None else dropout(h)
 
 
-def _can_fuse(x):
-    return (x.device.type == "cpu" and x.dtype in FUSED and x.numel() > 0 and not torch.compiler.is_compiling()
-            and compiled.is_available())
+def _can_fuse(x, norm):
+    return (x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling() and compiled.is_available()
+            and x.dtype in FUSED and _out_dtype(x) in FUSED and norm.weight.dtype == torch.float32)
+
+
+def _out_dtype(x):
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class _Fused(torch.autograd.Function):
@@ -52,7 +56,7 @@ class _Fused(torch.autograd.Function):
             scale, shift = _identity(channels)
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,)).tolist() if dropout else (0, 0))
         moments = x.new_empty(2, x.numel() // channels, dtype=torch.float32)
-        out = torch.empty_like(x, dtype=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        out = torch.empty_like(x, dtype=_out_dtype(x))
         compiled.run("normalisation.forward", x, weight, bias, scale, shift, eps, *ctx.options, moments, out)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
         return out

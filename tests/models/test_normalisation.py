@@ -118,13 +118,21 @@ def test_one_by_one_gives_the_same(monkeypatch):
     """Without numba, and in float64, which the loops do not know."""
     x, norm, film, modulation, _ = draw((2, 9, 32), True)
     out = normalise(x, norm, film, modulation, gelu=True)
-    monkeypatch.setattr(normalisation, "_can_fuse", lambda x: False)
+    monkeypatch.setattr(normalisation, "_can_fuse", lambda x, norm: False)
     torch.testing.assert_close(normalise(x, norm, film, modulation, gelu=True), out)
     monkeypatch.undo()
     modulation = [tuple(vector.double() for vector in modulation[0])]
     wide = normalise(x.double(), norm.double(), film, modulation, gelu=True)
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), out)
+
+
+def test_other_precisions_are_left_to_pytorch():
+    x, norm, _, _, _ = draw((2, 9, 32), False)
+    with torch.autocast("cpu", torch.float16):
+        out = normalise(x, norm, gelu=True)
+    torch.testing.assert_close(out.float(), normalise(x, norm, gelu=True), rtol=1e-2, atol=1e-2)
+    assert normalise(x.bfloat16(), norm.bfloat16()).dtype == torch.bfloat16
 
 
 def test_second_derivatives_are_refused():
