@@ -15,7 +15,7 @@ KINDS = ("auto", "sdpa", "flash_attn")
 
 
 class Attention(nn.Module):
-    """Residual multi-head attention: x + nn.Linear(attention(LayerNorm(x))), max(width / 32, 4) heads of 32 (METHOD 4).
+    """Residual multi-head attention: x + Linear(attention(LayerNorm(x))), max(width / 32, 4) heads of 32 (METHOD 4).
 
     kind    auto        flash_attn where it is installed and applies (CUDA, half precision), otherwise sdpa
             sdpa        F.scaled_dot_product_attention

@@ -74,7 +74,7 @@ class Mixture:
 
     def __call__(self, features):
         rows = features.flatten(0, 1)
-        # On a CPU the gradient that PyTorch has for embedding_bag takes more time than all of the rest.
+        # On a CPU PyTorch's gradient of embedding_bag, used without numba, takes more time than all of the rest.
         by_loops = rows.device.type == "cpu" and compiled.is_available()
         mixed = _MixRows.apply(rows, self) if by_loops else self.mix(rows)
         return mixed.unflatten(0, (self.images, -1))

@@ -18,13 +18,14 @@ class Conv(nn.Conv2d):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        if self.kernel_size == (3, 3) and self.stride == (1, 1) and _trains_in_half(x) and self._exceeds(x):
+        if _trains_in_half(x) and self._is_plain() and x.numel() // self.in_channels < 9 * self.in_channels:
             return _Conv3.apply(x, self.weight, self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def _exceeds(self, x):
-        """Whether a kernel has more numbers for an output than there are nodes."""
-        return x.numel() // self.in_channels < 9 * self.in_channels
+    def _is_plain(self):
+        """Whether it is the layer that _Conv3 is made for."""
+        return (self.kernel_size == (3, 3) and self.stride == self.padding == self.dilation == (1, 1)
+                and self.groups == 1 and self.padding_mode == "zeros" and self.bias is not None)
 
 
 class ConvTranspose(nn.ConvTranspose2d):
@@ -39,8 +40,8 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 def _trains_in_half(x):
-    return (x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling())
+    return (x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+            and torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 class _Conv3(torch.autograd.Function):

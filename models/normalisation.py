@@ -22,11 +22,11 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
     norm        nn.LayerNorm over C
     film        models.conditioning.FiLM, and the modulation that it looks itself up in, or None
     dropout     nn.Dropout or None
-    Returns [B, ..., C]; with autocast on a CPU in its dtype, as what follows would convert it anyway.
+    Returns the shape and the dtype of x.
     """
-    if _can_fuse(x, norm):
-        scale, shift = (None, None) if film is None or modulation is None else modulation[film.place]
-        rate = dropout.p if dropout is not None and dropout.training else 0.0
+    scale, shift = (None, None) if film is None or modulation is None else modulation[film.place]
+    rate = dropout.p if dropout is not None and dropout.training else 0.0
+    if _can_fuse(x, norm, scale) and rate < 1:
         return _Fused.apply(x, norm.weight, norm.bias, scale, shift, norm.eps, gelu, rate)
     h = norm(x)
     h = h if film is None else film(h, modulation)
@@ -34,13 +34,11 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
     return h if dropout is None else dropout(h)
 
 
-def _can_fuse(x, norm):
-    return (x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling() and compiled.is_available()
-            and x.dtype in FUSED and _out_dtype(x) in FUSED and norm.weight.dtype == torch.float32)
-
-
-def _out_dtype(x):
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+def _can_fuse(x, norm, scale):
+    """Whether the loops know what to do here; they check no shapes, so that PyTorch shall name what does not fit."""
+    return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == torch.float32 and x.numel() > 0
+            and norm.normalized_shape == x.shape[-1:] and (scale is None or scale.shape == (len(x), x.shape[-1]))
+            and not torch.compiler.is_compiling() and compiled.is_available())
 
 
 class _Fused(torch.autograd.Function):
@@ -56,7 +54,7 @@ class _Fused(torch.autograd.Function):
             scale, shift = _identity(channels)
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,)).tolist() if dropout else (0, 0))
         moments = x.new_empty(2, x.numel() // channels, dtype=torch.float32)
-        out = torch.empty_like(x, dtype=_out_dtype(x))
+        out = torch.empty_like(x)
         compiled.run("normalisation.forward", x, weight, bias, scale, shift, eps, *ctx.options, moments, out)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
         return out
@@ -75,4 +73,5 @@ class _Fused(torch.autograd.Function):
 @functools.lru_cache(maxsize=64)
 def _identity(channels):
     """Scale and shift of no modulation."""
-    return torch.ones(1, channels), torch.zeros(1, channels)
+    with torch.inference_mode(False):  # whoever asks first, training may use them as well
+        return torch.ones(1, channels), torch.zeros(1, channels)

@@ -21,7 +21,7 @@ VECTOR = {"fastmath": REDUCE, "error_model": "numpy"}  # the error model of Pyth
 
 f32, u16, u32, i32 = np.float32, np.uint16, np.uint32, np.int32
 LOG2_E = f32(1.4426950408889634)
-LN_2_HIGH, LN_2_LOW = f32(0.693359375), f32(-2.12194440e-4)  # n · high is exact for integers |n| < 2^10
+LN_2_HIGH, LN_2_LOW = f32(0.693359375), f32(-2.12194440e-4)  # ln 2 in two parts, the first of few digits
 SMALLEST = f32(-80)  # exp of it, 2e-35, is far from the subnormal numbers
 # Taylor series of exp, exact to a rounding for |x| <= ln(2) / 2
 E6, E5, E4, E3, E2 = f32(1 / 720), f32(1 / 120), f32(1 / 24), f32(1 / 6), f32(1 / 2)
@@ -75,7 +75,7 @@ def _narrow(source, target):
 
 @njit(inline="always", error_model="numpy")
 def exp_of_negative(x):
-    """exp(x) of x <= 0, with an error of two roundings; 2e-35 below -80."""
+    """exp(x) of x <= 0, within 3e-7 of itself; 2e-35 below -80."""
     x = max(x, SMALLEST)
     n = np.floor(x * LOG2_E + f32(0.5))
     x = (x - n * LN_2_HIGH) - n * LN_2_LOW

@@ -112,7 +112,10 @@ def test_there_and_back_keeps_the_axes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_are_those_of_the_weighted_sums(dtype):
+@pytest.mark.parametrize("loops", [True, False])
+def test_gradients_are_those_of_the_weighted_sums(dtype, loops, monkeypatch):
+    if not loops:  # as without numba
+        monkeypatch.setattr("models.interpolation.compiled.is_available", lambda: False)
     features, coords = draw((6, 7), 0.5)
     for function, shape in [
         (lambda a: knn_to_grid(a, coords, 3), features.shape),

@@ -1,4 +1,3 @@
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -51,15 +50,31 @@ def test_is_the_formula(shape, modulated, gelu, dtype, tolerance):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(largest, 1e-3))
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_says_the_precision_of_the_result(x_dtype):
-    x, norm, film, modulation, grad = draw((2, 9, 32), True, x_dtype)
+def test_autocast_changes_nothing():
+    x, norm, film, modulation, _ = draw((2, 9, 32), True, torch.bfloat16)
+    out = normalise(x, norm, film, modulation, gelu=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = normalise(x, norm, film, modulation, gelu=True)
-    assert out.dtype == torch.bfloat16
-    out.backward(grad.bfloat16())
-    assert x.grad.dtype == x_dtype
-    torch.testing.assert_close(out.double(), expected(x, norm, modulation, True, grad)[0], rtol=5e-3, atol=5e-3)
+        assert torch.equal(normalise(x, norm, film, modulation, gelu=True), out)
+        assert normalise(x.float(), norm).dtype == torch.float32
+
+
+def test_without_the_loops_dtypes_are_the_same(monkeypatch):
+    monkeypatch.setattr(normalisation, "_can_fuse", lambda *arguments: False)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, norm, film, modulation, grad = draw((2, 9, 32), True, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = normalise(x, norm, film, modulation, gelu=True)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected(x, norm, modulation, True, grad)[0], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(("width", "images", "film_width"), [(33, 2, 32), (31, 2, 32), (32, 3, 32), (32, 2, 31)])
+def test_shapes_that_do_not_fit_are_an_error(width, images, film_width):
+    """The loops would read and write beyond the ends."""
+    film = FiLM(32)
+    film.place = 0
+    with pytest.raises(RuntimeError):
+        normalise(torch.randn(2, 5, width), nn.LayerNorm(32), film, [(torch.ones(images, film_width),) * 2])
 
 
 def test_gelu_of_any_number():
@@ -118,7 +133,7 @@ def test_one_by_one_gives_the_same(monkeypatch):
     """Without numba, and in float64, which the loops do not know."""
     x, norm, film, modulation, _ = draw((2, 9, 32), True)
     out = normalise(x, norm, film, modulation, gelu=True)
-    monkeypatch.setattr(normalisation, "_can_fuse", lambda x, norm: False)
+    monkeypatch.setattr(normalisation, "_can_fuse", lambda *arguments: False)
     torch.testing.assert_close(normalise(x, norm, film, modulation, gelu=True), out)
     monkeypatch.undo()
     modulation = [tuple(vector.double() for vector in modulation[0])]
@@ -127,12 +142,14 @@ def test_one_by_one_gives_the_same(monkeypatch):
     torch.testing.assert_close(wide.float(), out)
 
 
-def test_other_precisions_are_left_to_pytorch():
+def test_weights_of_other_precisions_are_left_to_pytorch():
     x, norm, _, _, _ = draw((2, 9, 32), False)
-    with torch.autocast("cpu", torch.float16):
-        out = normalise(x, norm, gelu=True)
-    torch.testing.assert_close(out.float(), normalise(x, norm, gelu=True), rtol=1e-2, atol=1e-2)
-    assert normalise(x.bfloat16(), norm.bfloat16()).dtype == torch.bfloat16
+    norm, x = norm.bfloat16(), x.bfloat16()
+    assert torch.equal(normalise(x, norm), norm(x))
+
+
+def test_a_dropout_of_everything_leaves_nothing():
+    assert not normalise(torch.randn(2, 4, 8), nn.LayerNorm(8), dropout=nn.Dropout(1.0)).any()
 
 
 def test_second_derivatives_are_refused():
@@ -207,8 +224,15 @@ def test_nothing_is_random_without_dropout():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("context", [contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()])
-def test_empty_batches_and_no_gradients(context):
-    with context:
-        assert normalise(torch.randn(0, 4, 8), nn.LayerNorm(8)).shape == (0, 4, 8)
-        assert normalise(torch.randn(2, 4, 8), nn.LayerNorm(8)).shape == (2, 4, 8)
+def test_an_empty_batch():
+    assert normalise(torch.randn(0, 4, 8), nn.LayerNorm(8)).shape == (0, 4, 8)
+
+
+def test_training_after_inference():
+    normalisation._identity.cache_clear()
+    with torch.inference_mode():
+        wanted = normalise(torch.ones(2, 4, 8), nn.LayerNorm(8))
+    x = torch.ones(2, 4, 8, requires_grad=True)
+    out = normalise(x, nn.LayerNorm(8))
+    out.sum().backward()
+    assert torch.equal(out, wanted)
