@@ -105,11 +105,33 @@ def image_weight_gradient(image, grad, kernel_size, out):
             for left in range(0, width, COLUMNS):
                 for i in range(max(0, kh // 2 - y), min(kh, kh // 2 + height - y)):
                     h = image[b, y + i - kh // 2]
-                    for j in range(kw):
-                        step = j - kw // 2
-                        x, last = max(left, -step), min(left + COLUMNS, width, width - step)
-                        add_products(partial[job, i * kw + j], grad[b, y], h, x, last, step)
+                    for j in range(0, kw, 3):
+                        taps = partial[job, i * kw + j : i * kw + min(j + 3, kw)]
+                        add_row(taps, grad[b, y], h, left, min(left + COLUMNS, width), j - kw // 2)
     add_up(partial, out)
+
+
+@njit(inline="always")
+def add_row(taps, g, h, left, right, step):
+    """taps[t] += sum over x in [left, right) of g[x] * h[x + step + t], where that is in the row; up to three taps.
+
+    Where it is in the row for all three, numbers that are read once serve them all.
+    """
+    width, count = len(h), len(taps)
+    start = max(left, -step)
+    end = start + (max(0, min(right, width - step - 2) - start) // 4 * 4 if count == 3 else 0)
+    for t in range(count):
+        add_products(taps[t], g, h, max(left, -step - t), min(start, right, width - step - t), step + t)
+        add_products(taps[t], g, h, end, min(right, width - step - t), step + t)
+    for x in range(start, end, 4):
+        g0, g1, g2, g3 = g[x], g[x + 1], g[x + 2], g[x + 3]
+        h0, h1, h2, h3 = h[x + step], h[x + step + 1], h[x + step + 2], h[x + step + 3]
+        h4, h5 = h[x + step + 4], h[x + step + 5]
+        t0, t1, t2 = taps[0], taps[1], taps[2]
+        for c in range(taps.shape[1]):
+            t0[c] += g0[c] * h0[c] + g1[c] * h1[c] + g2[c] * h2[c] + g3[c] * h3[c]
+            t1[c] += g0[c] * h1[c] + g1[c] * h2[c] + g2[c] * h3[c] + g3[c] * h4[c]
+            t2[c] += g0[c] * h2[c] + g1[c] * h3[c] + g2[c] * h4[c] + g3[c] * h5[c]
 
 
 @njit(inline="always")

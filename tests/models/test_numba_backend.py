@@ -93,6 +93,19 @@ def test_large_images_agree_with_one_tap_at_a_time():
             torch.testing.assert_close(grad_weight[tap], (factor * grad * values).sum((0, 1)), rtol=1e-3, atol=0.2)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 31, 34, 37, 66, 67])
+def test_weight_gradient_of_images_by_columns(width):
+    """Columns are taken 32 at a time, of these four at a time, and taps three at a time."""
+    image, grad = torch.randn(2, 2, 3, width, 5, dtype=torch.float64)
+    for kernel_size in ((1, 1), (3, 3), (3, 5), (5, 7), (1, 11)):
+        weight = torch.zeros(*kernel_size, 5, dtype=torch.float64)
+        wanted = torch.nn.grad.conv2d_weight(
+            image.permute(0, 3, 1, 2), (5, 1, *kernel_size), grad.permute(0, 3, 1, 2),
+            padding=tuple(k // 2 for k in kernel_size), groups=5)
+        found = backend.image_weight_gradient(image, grad, weight)
+        torch.testing.assert_close(found, wanted[:, 0].permute(1, 2, 0))
+
+
 def test_a_lone_point_sees_itself_alone():
     coords = Coordinates(torch.tensor([[40]]), (9, 9))
     features = torch.randn(1, 1, 5, requires_grad=True)
