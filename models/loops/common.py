@@ -1,6 +1,6 @@
 """What the compiled loops share. This folder is imported by models/compiled.py alone, and only where numba is."""
 
-from numba import njit, prange
+from numba import njit
 
 
 def compiled(**options):
@@ -13,14 +13,3 @@ def compiled(**options):
             return njit(parallel=True, nogil=True, **options)(function)
 
     return decorate
-
-
-@njit(parallel=True)
-def add_up(partial, out):
-    """out = sum of partial [chunks, taps, C] over the chunks, in order."""
-    chunks, taps, channels = partial.shape
-    for tap in prange(taps):
-        out[tap] = 0
-        for chunk in range(chunks):
-            for c in range(channels):
-                out[tap, c] += partial[chunk, tap, c]

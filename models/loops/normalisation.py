@@ -30,40 +30,28 @@ DENSITY_AT_0 = f32(0.3989422804014327)
 P, B1, B2, B3, B4, B5 = map(f32, (0.2316419, 0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429))
 
 
-def widen(source, target):
-    """target = source in float32; chosen by the type of source when this is compiled."""
+def convert(source, target):
+    """target = source, either in float32 or bfloat16, to which it is rounded to the nearest, ties to even."""
 
 
-@overload(widen, inline="always")
-def _widen(source, target):
+@overload(convert, inline="always")
+def _convert(source, target):
+    """The code for the types of the arrays."""
     if source.dtype == types.uint16:
 
         def code(source, target):
             bits = target.view(np.uint32)
             for i in range(source.size):
                 bits[i] = u32(source[i]) << u32(16)
-    else:
 
-        def code(source, target):
-            for i in range(source.size):
-                target[i] = source[i]
-
-    return code
-
-
-def narrow(source, target):
-    """target = float32 source in the precision of target, to the nearest, ties to even."""
-
-
-@overload(narrow, inline="always")
-def _narrow(source, target):
-    if target.dtype == types.uint16:
+    elif target.dtype == types.uint16:
 
         def code(source, target):
             bits = source.view(np.uint32)
             for i in range(source.size):
                 rounded = (bits[i] + u32(0x7FFF) + ((bits[i] >> u32(16)) & u32(1))) >> u32(16)
                 target[i] = u16(rounded) if source[i] == source[i] else u16(0x7FC0)
+
     else:
 
         def code(source, target):
@@ -136,7 +124,7 @@ def forward(x, weight, bias, scale, shift, eps, gelu, dropout, seed, other, mome
         for c in range(channels):
             gain[c] = weight[c] * scale[group, c]
             offset[c] = bias[c] * scale[group, c] + shift[group, c]
-        widen(x[part], h)
+        convert(x[part], h)
         for r in range(count):
             row = h[r * channels : (r + 1) * channels]
             total = f32(0)
@@ -156,7 +144,7 @@ def forward(x, weight, bias, scale, shift, eps, gelu, dropout, seed, other, mome
                 h[i] *= distribution
         if dropout > 0:
             drop(h, first * channels, dropout, seed, other)
-        narrow(h, out[part])
+        convert(h, out[part])
 
 
 @compiled(**VECTOR)
@@ -182,8 +170,8 @@ def backward(
         for c in range(channels):
             gain[c] = weight[c] * scale[group, c]
             offset[c] = bias[c] * scale[group, c] + shift[group, c]
-        widen(x[part], n)
-        widen(grad[part], g)
+        convert(x[part], n)
+        convert(grad[part], g)
         for r in range(count):
             row, middle, inv = n[r * channels : (r + 1) * channels], mean[first + r], inverse[first + r]
             for c in range(channels):
@@ -213,7 +201,7 @@ def backward(
             inv = inverse[first + r]
             for c in range(channels):
                 row_grad[c] = inv * (row_grad[c] * gain[c] - along_ones - row[c] * along_row)
-        narrow(g, grad_x[part])
+        convert(g, grad_x[part])
 
     grad_weight[:] = 0
     grad_bias[:] = 0

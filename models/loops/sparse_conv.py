@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit, prange
 
-from models.loops.common import add_up, compiled
+from models.loops.common import compiled
 
 CHUNK = 512  # points that one thread takes at a time; the order of sums depends on it, never on the number of threads
 ROWS = 4  # likewise rows of an image
@@ -149,3 +149,14 @@ def add_products(total, g, h, x, last, step):
         for c in range(channels):
             total[c] += g0[c] * h0[c]
         x += 1
+
+
+@njit(parallel=True)
+def add_up(partial, out):
+    """out = sum of partial [chunks, taps, C] over the chunks, in order."""
+    chunks, taps, channels = partial.shape
+    for tap in prange(taps):
+        out[tap] = 0
+        for chunk in range(chunks):
+            for c in range(channels):
+                out[tap, c] += partial[chunk, tap, c]
