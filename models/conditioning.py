@@ -87,13 +87,10 @@ class Conditioning(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, t, z):
-        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place,
-        float32 or float64."""
+        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""
         scale_t, shift_t = self.time(F.gelu(t)).chunk(2, dim=1)
         scale_z = 1 if self.latent is None else 1 + self._latent_scales(F.gelu(self.latent(z)))
         scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
-        if scale.dtype in (torch.bfloat16, torch.float16):  # once here, rather than in every layer
-            scale, shift = scale.float(), shift.float()
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 
     def _latent_scales(self, hidden):

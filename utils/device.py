@@ -98,7 +98,6 @@ def keep_freed_memory():
     # M_TRIM_THRESHOLD: the heap never shrinks
     if mallopt and (mallopt(-3, 2**28) or mallopt(-3, 2**25)):
         mallopt(-1, -1)
-        mallopt(1, 0)  # M_MXFAST: no lists of small blocks, which are tidied up whenever a large tensor is freed
         _use_huge_pages()
 
 

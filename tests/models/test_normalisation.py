@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from models import compiled, normalisation
 from models.conditioning import FiLM
 from models.normalisation import normalise
+from tests.reference.normalisation import kept as reference_kept
 from tests.reference.normalisation import normalise as reference
 
 pytestmark = pytest.mark.skipif(not compiled.is_available(), reason=compiled.unavailable_reason())
@@ -68,13 +69,38 @@ def test_without_the_loops_dtypes_are_the_same(monkeypatch):
         torch.testing.assert_close(out.double(), expected(x, norm, modulation, True, grad)[0], rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize(("width", "images", "film_width"), [(33, 2, 32), (31, 2, 32), (32, 3, 32), (32, 2, 31)])
-def test_shapes_that_do_not_fit_are_an_error(width, images, film_width):
+@pytest.mark.parametrize("width", [31, 33, 64])
+def test_features_of_another_width_are_an_error(width):
     """The loops would read and write beyond the ends."""
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        normalise(torch.randn(2, 5, width), nn.LayerNorm(32))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [
+    ((3, 32), (3, 32)), ((2, 31), (2, 31)), ((2, 32), (3, 32)), ((2, 32), (2, 31)),
+])
+def test_a_modulation_that_does_not_fit_is_an_error(scale, shift):
     film = FiLM(32)
     film.place = 0
     with pytest.raises(RuntimeError):
-        normalise(torch.randn(2, 5, width), nn.LayerNorm(32), film, [(torch.ones(images, film_width),) * 2])
+        normalise(torch.randn(2, 5, 32), nn.LayerNorm(32), film, [(torch.ones(scale), torch.ones(shift))])
+
+
+def test_bfloat16_is_rounded_once_as_pytorch_rounds():
+    x, norm, film, modulation, _ = draw((2, 700, 33), True, torch.bfloat16)
+    wide = normalise(x.float(), norm, film, modulation, gelu=True)
+    assert torch.equal(normalise(x, norm, film, modulation, gelu=True), wide.bfloat16())
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1.0])  # halfway between two numbers of bfloat16
+    shift = ties.expand(2, 4).contiguous()
+    out = normalise(torch.randn(2, 3, 4).bfloat16(), nn.LayerNorm(4), film, [(torch.zeros(2, 4), shift)])
+    assert torch.equal(out, shift.bfloat16()[:, None].expand(-1, 3, -1))
+
+
+def test_any_nan_stays_one_in_bfloat16():
+    shift = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32).expand(2, 4)
+    film = SimpleNamespace(place=0)
+    out = normalise(torch.ones(2, 3, 4).bfloat16(), nn.LayerNorm(4), film, [(torch.zeros(2, 4), shift.contiguous())])
+    assert out.isnan().all()
 
 
 def test_gelu_of_any_number():
@@ -178,6 +204,13 @@ def test_dropout_drops_its_share_and_scales_the_rest(rate):
     torch.testing.assert_close(out[kept], plain[kept] / (1 - rate))
     out.sum().backward()  # without dropout the sum over a row is 0 and has no gradient
     assert x.grad.abs().mean() > 0.01
+
+
+def test_which_numbers_are_dropped_is_the_hash_of_their_place():
+    for rate in (0.1, 0.7):
+        kept, _, _ = dropped((3, 800, 24), rate, seed=11)
+        torch.manual_seed(11)
+        assert torch.equal(kept, reference_kept(kept.shape, rate, *torch.randint(2**32, (2,)).tolist()))
 
 
 def test_dropped_numbers_have_no_gradient():
