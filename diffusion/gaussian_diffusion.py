@@ -16,7 +16,7 @@ from diffusion.losses import (
 )
 from diffusion.mollifier import GaussianMollifier
 from diffusion.parameterisation import Parameterisation
-from diffusion.schedules import Schedule, make_betas, respaced_timesteps
+from diffusion.schedules import Schedule, log_snr_timesteps, make_betas, respaced_timesteps
 from utils.errors import UserError
 from utils.rng import randn
 
@@ -163,17 +163,23 @@ class Denoiser:
         return estimate, _scatter(diffusion._log_variance(fraction, t).exp(), self.coords)
 
 
-def build_diffusion(config, steps=None):
+def build_diffusion(config, steps=None, sampler="ddim"):
     """GaussianDiffusion of a config of either stage.
 
-    steps   visit only so many of the diffusion.steps steps, evenly spaced (sampling); None: all (training)
+    steps     visit only so many of the diffusion.steps steps (sampling); None: all (training)
+    sampler   for which they are chosen: dpm_solver has them evenly spaced in the log signal-to-noise ratio, and all
+              others in time
     Latent configs have no mollifier, learned variance, preconditioning or multiscale loss: fields they lack are off.
     Raises UserError for a value that is not allowed.
     """
     options, images = config.diffusion, "img_size" in config.get("data", {})
     resolution = config.data.img_size if images else None
     betas = make_betas(options.noise_schedule, options.steps, resolution)
-    schedule = Schedule.from_betas(betas, respaced_timesteps(options.steps, steps) if steps is not None else None)
+    visited = None
+    if steps is not None:
+        visited = (log_snr_timesteps(betas, steps) if sampler == "dpm_solver"
+                   else respaced_timesteps(options.steps, steps))
+    schedule = Schedule.from_betas(betas, visited)
 
     mollifier_type = options.get("mollifier_type", "none")
     if mollifier_type not in ("dct", "none"):

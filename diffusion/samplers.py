@@ -13,6 +13,7 @@ progress or keep the path. The last state is the estimate of T x_0 itself, of st
 
 import torch
 
+from diffusion.schedules import half_log_snr
 from utils.errors import UserError
 from utils.rng import randn
 
@@ -76,13 +77,14 @@ def dpm_solver(denoise, x, schedule):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM's equation with the slope of T x_0 from the step before.
 
     The first step, without a slope, and the last, whose log signal-to-noise ratio is infinite, are of first order. The
-    slope is followed no further than over the length of the step before: towards the end steps become several times as
-    long as the one before, and what the network errs by would be multiplied.
+    slope is followed no further than over the length of the step before: steps are whole ones of the original chain, so
+    near 0 one may be several times as long as the one before, and what the network errs by would be multiplied.
+    Few steps should be those of schedules.log_snr_timesteps.
     """
     x0_last = h_last = None
     for t, a, a_prev in schedule.reversed_pairs():
         x0 = denoise(x, _batch(t, x))
-        h = _half_log_snr(a_prev) - _half_log_snr(a)
+        h = half_log_snr(a_prev) - half_log_snr(a)
         slope = 0.0 if x0_last is None or t == 0 else (x0 - x0_last) * (min(h, h_last) / (2 * h_last))
         x = ((1 - a_prev) / (1 - a)).sqrt() * x - a_prev.sqrt() * torch.expm1(-h) * (x0 + slope)
         x0_last, h_last = x0, h
@@ -108,7 +110,3 @@ def sample(name, denoise, x, diffusion, generator=None, eta=0.0):
 
 def _batch(t, x):
     return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-
-
-def _half_log_snr(a):
-    return 0.5 * (a / (1 - a)).log()

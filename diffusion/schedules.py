@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
 
 NOISE_SCHEDULES = ("cosine", "linear", "shifted_cosine", "const0.008")
 MAX_BETA = 0.999
+LOWEST = -5  # half of the log signal-to-noise ratio below which a state says next to nothing of x_0
 
 
 def make_betas(name, steps, resolution=None):
@@ -60,13 +62,41 @@ def respaced_timesteps(total, count):
     A single step is the last one, [total - 1], because sampling starts at pure noise.
     Raises UserError unless 1 <= count <= total.
     """
-    if not 1 <= count <= total:
-        raise UserError(f"{count} sampling steps (--sampling_steps, --latent_sampling_steps) must lie between 1 and "
-                        f"diffusion.steps={total}")
+    _check_count(total, count)
     if count == 1:
         return [total - 1]
     gaps = count - 1
     return [(i * (total - 1) + gaps // 2) // gaps for i in range(count)]  # rounded, in exact arithmetic
+
+
+def log_snr_timesteps(betas, count):
+    """As respaced_timesteps, of the chain with the betas [total], but even in log(alpha_bar / (1 - alpha_bar)).
+
+    In this log signal-to-noise ratio the equation that DPM-Solver integrates is the smoothest (Lu et al. 2022). Much of
+    it lies in the few steps before 0, where details appear: of 20 steps even in time too few would be there. Half of it
+    counts from LOWEST on, where the last step leads from pure noise at once; with the cosine schedule every third step
+    would be below.
+    """
+    total = len(betas)
+    _check_count(total, count)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    noise = -half_log_snr(alpha_bar).numpy()  # ascending
+    wanted = np.linspace(noise[0], min(noise[-1], -LOWEST), count)
+    step, place = np.interp(wanted, noise, np.arange(total)).round().astype(int), np.arange(count)
+    step = np.maximum.accumulate(step - place) + place  # distinct, each moved up as far as needed,
+    step = np.minimum(step, total - count + place)  # and down again where there is no room
+    return [*step[:-1].tolist(), total - 1]
+
+
+def half_log_snr(alpha_bar):
+    """log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), "lambda" of DPM-Solver; like alpha_bar."""
+    return 0.5 * (alpha_bar / (1 - alpha_bar)).log()
+
+
+def _check_count(total, count):
+    if not 1 <= count <= total:
+        raise UserError(f"{count} sampling steps (--sampling_steps, --latent_sampling_steps) must lie between 1 and "
+                        f"diffusion.steps={total}")
 
 
 @dataclasses.dataclass(frozen=True)

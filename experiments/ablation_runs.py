@@ -179,7 +179,7 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
 
 def _decode(variant_config, modules, heldout, sampler, sampling_steps, device):
     """(folder of the held-out images encoded and decoded again, the originals float [N, C, H, W])."""
-    diffusion = build_diffusion(variant_config, sampling_steps)
+    diffusion = build_diffusion(variant_config, sampling_steps, sampler)
     folder = ImageFolder(config.run_dir(variant_config) / "decoded", len(heldout), {
         "size": list(heldout.size), "sampler": sampler, "steps": sampling_steps,
         "decoder": identity(autoencoder_path(variant_config))})

@@ -46,7 +46,7 @@ def main():
     if not cfg.model.z_dim:
         raise UserError("config.model.z_dim=0: without an encoder nothing is reconstructed; use generate_samples.py")
     height, width = size = config.parse_image_size(SIZE.value, cfg.data.img_size)
-    diffusion = build_diffusion(cfg, STEPS.value)
+    diffusion = build_diffusion(cfg, STEPS.value, SAMPLER.value)
     device = resolve_device(cfg.run.device)
     dtype = resolve_dtype(cfg.train, device)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")

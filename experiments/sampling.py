@@ -75,7 +75,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     check_finite(options.eta)
     if eta and sampler != "ddim":
         raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
-    diffusion = build_diffusion(decoder_cfg, steps)
+    diffusion = build_diffusion(decoder_cfg, steps, sampler)
     draw, where = decode, ""
     if part:
         check_window(diffusion)
@@ -108,14 +108,15 @@ def _latent_source(cfg, options, device, encoder):
     """(indices -> latents [B, Z] of these samples, settings to keep with the samples)."""
     if cfg is None:
         return lambda indices: torch.zeros(len(indices), 0, device=device), {"latent_model": "none"}
-    diffusion, dtype = build_diffusion(cfg, options.latent_steps.value), resolve_dtype(cfg.train, device)
+    sampler = options.latent_sampler.value
+    diffusion = build_diffusion(cfg, options.latent_steps.value, sampler)
+    dtype = resolve_dtype(cfg.train, device)
     model, mean, std = load_latent_model(cfg, device, encoder)
 
     def draw(indices):
         with autocast(device, dtype):
             return sample_latents(model, diffusion, mean, std,
-                                  rng.sample_generators(device, indices, cfg.run.seed, "latent"),
-                                  options.latent_sampler.value)
+                                  rng.sample_generators(device, indices, cfg.run.seed, "latent"), sampler)
 
-    return draw, {"latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
+    return draw, {"latent_sampler": sampler, "latent_steps": options.latent_steps.value,
                   "latent_model": identity(latent_path(cfg))}

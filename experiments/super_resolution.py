@@ -57,7 +57,7 @@ def main():
     cfg = trained_config.read_trained_autoencoder_config(CONFIG)
     check_encoder(cfg)
     check_flags()
-    diffusion = build_diffusion(cfg, STEPS.value)
+    diffusion = build_diffusion(cfg, STEPS.value, SAMPLER.value)
     device = resolve_device(cfg.run.device)
     dtype = resolve_dtype(cfg.train, device)
     low_size = config.parse_image_size(INPUT_SIZE.value, cfg.data.img_size, INPUT_SIZE.name)

@@ -10,7 +10,7 @@ from data.coordinates import Coordinates
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.mollifier import GaussianMollifier
 from diffusion.samplers import SAMPLERS, check_sampler, ddim, ddim_invert, ddpm, dpm_solver, sample
-from diffusion.schedules import Schedule, make_betas, respaced_timesteps
+from diffusion.schedules import Schedule, log_snr_timesteps, make_betas, respaced_timesteps
 from utils.errors import UserError
 from utils.rng import generator, randn, sample_generators
 
@@ -155,6 +155,22 @@ def test_dpm_solver_is_of_higher_order_than_ddim():
     assert orders[ddim] == pytest.approx(1, abs=0.2)
     assert orders[dpm_solver] == pytest.approx(2, abs=0.3)
     assert error(dpm_solver, 100) < error(ddim, 100) / 10
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_few_steps_even_in_log_snr_keep_the_contrast_of_details(name):
+    """Details are components of little variance; by 20 steps even in time they lose up to half of their spread."""
+
+    def spread(steps, variance):
+        schedule = Schedule.from_betas(make_betas(name, 1000), steps)
+        x, a = torch.ones(1, 1, dtype=torch.float64), schedule.alpha_bar[-1]
+        exact = (variance / (a * variance + 1 - a)).sqrt()
+        return (last(dpm_solver(normal_denoiser(schedule, variance), x, schedule)) / exact).item()
+
+    variances = [torch.tensor(v, dtype=torch.float64) for v in (1, 0.1, 0.01, 0.001)]
+    even = log_snr_timesteps(make_betas(name, 1000), 20)
+    assert [spread(even, variance) for variance in variances] == pytest.approx([1] * 4, abs=0.06)
+    assert spread(respaced_timesteps(1000, 20), variances[-1]) < 0.6
 
 
 @pytest.mark.parametrize("sampler", [ddpm, functools.partial(ddim, eta=1.0)], ids=["ddpm", "ddim, eta 1"])

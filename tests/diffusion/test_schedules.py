@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from diffusion.schedules import NOISE_SCHEDULES, Schedule, make_betas, respaced_timesteps
+from configs.defaults import autoencoder_config, latent_config
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.schedules import (
+    LOWEST,
+    NOISE_SCHEDULES,
+    Schedule,
+    half_log_snr,
+    log_snr_timesteps,
+    make_betas,
+    respaced_timesteps,
+)
 from utils.errors import UserError
 
 
@@ -77,6 +87,37 @@ def test_respaced_timesteps_are_distinct_ascending_and_even(total):
 def test_respacing_to_an_impossible_count_is_a_user_error(count):
     with pytest.raises(UserError, match=rf"^{count} sampling steps"):
         respaced_timesteps(10, count)
+    with pytest.raises(UserError, match=rf"^{count} sampling steps"):
+        log_snr_timesteps(make_betas("linear", 10), count)
+
+
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 101])
+def test_log_snr_timesteps_are_distinct_and_ascending(name, total):
+    betas = make_betas(name, total, 64)
+    for count in range(1, total + 1):
+        steps = log_snr_timesteps(betas, count)
+        assert len(steps) == count and steps[-1] == total - 1 and all(isinstance(step, int) for step in steps)
+        assert count == 1 or steps[0] == 0
+        assert all(a < b for a, b in zip(steps[:-1], steps[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", NOISE_SCHEDULES)
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_log_snr_timesteps_are_those_next_to_even_ratios_from_the_lowest_on(name, count):
+    betas = make_betas(name, 100_000, 64)  # so many that no two ratios want the same step
+    ratio = half_log_snr(torch.cumprod(1 - betas, 0))
+    steps, gap = log_snr_timesteps(betas, count), (max(ratio[-1], LOWEST) - ratio[0]) / (count - 1)
+    for i, step in enumerate(steps[1:-1], start=1):
+        assert ratio[step + 1] < ratio[0] + i * gap < ratio[step - 1]
+
+
+def test_a_solver_gets_steps_even_in_log_snr_and_the_others_in_time():
+    for cfg in (autoencoder_config(64), latent_config()):
+        total, betas = cfg.diffusion.steps, make_betas(cfg.diffusion.noise_schedule, cfg.diffusion.steps)
+        for sampler, steps in (("dpm_solver", log_snr_timesteps(betas, 20)), ("ddim", respaced_timesteps(total, 20)),
+                               ("ddpm", respaced_timesteps(total, 20))):
+            assert build_diffusion(cfg, 20, sampler).schedule.timesteps.tolist() == steps
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 100, 1000])
