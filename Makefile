@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(RUN) experiments/report.py $(BOTH) --folder demo --output report.html
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
