@@ -56,10 +56,10 @@ def main():
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{height}x{width}")
     total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))
     source = {"split": SPLIT.value, "data": dataset.fingerprint()}
-    originals = ImageFolder(output / "originals", total, source)
+    originals = ImageFolder(output / "originals", total, source, output)
     folder = ImageFolder(output / "reconstructions", total, {
         **source, "size": [height, width], "seed": cfg.run.seed, "sampler": SAMPLER.value, "steps": STEPS.value,
-        "decoder": identity(autoencoder_path(cfg))})
+        "decoder": identity(autoencoder_path(cfg))}, output)
 
     for indices, progress in folder.missing_batches(cfg.train.sample_size, evaluations=STEPS.value):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), device))

@@ -68,7 +68,7 @@ def main():
     settings = {**source, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
                 "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": STEPS.value, "seed": cfg.run.seed,
                 "decoder": identity(autoencoder_path(cfg)), "latent_model": latent_model}
-    folders = {name: ImageFolder(output / name, total, settings) for name in FOLDERS}
+    folders = {name: ImageFolder(output / name, total, settings, output) for name in FOLDERS}
 
     for indices, progress in folders["results"].missing_batches(cfg.train.sample_size, evaluations=STEPS.value):
         truth, mask = to_float(images[indices]).to(device), known[indices].to(device)

@@ -80,7 +80,8 @@ def main():
                 "directions": DIRECTIONS.value, "reach": REACH.value, "encodings": ENCODINGS.value,
                 "seed": cfg.run.seed, "decoder": identity(autoencoder_path(cfg)), "latent_model": latent_model}
     counts = {"originals": 0 if samples else 2, "frames": FRAMES.value, "directions": DIRECTIONS.value * FRAMES.value}
-    folders = {name: ImageFolder(output / name, pairs * count, settings) for name, count in counts.items() if count}
+    folders = {name: ImageFolder(output / name, pairs * count, settings, output)
+               for name, count in counts.items() if count}
 
     ends = []
     with autocast(device, resolve_dtype(cfg.train, device)):

@@ -71,7 +71,7 @@ def main():
                 "decoder": identity(autoencoder_path(cfg))}
     weights = {"decoded": 0.0, "consistent": CONSISTENCY.value} if CONSISTENCY.value else {"decoded": 0.0}
     names = ["inputs", "bicubic", "lanczos", "backprojected", *weights, *(["truth"] if truth is not None else [])]
-    folders = {name: ImageFolder(output / name, len(low), settings) for name in names}
+    folders = {name: ImageFolder(output / name, len(low), settings, output) for name in names}
 
     operator = Downsampling(size, low.shape[-2:], device)
     for indices, progress in folders[names[-1]].missing_batches(cfg.train.sample_size, STEPS.value * len(weights)):

@@ -19,12 +19,14 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining},
 class ImageFolder:
     """`total` images in `path`, made with `settings` (plain data, kept in settings.json).
 
+    output    the folder that --output stands for, where `path` is one of several in it
     UserError where the folder already holds images made with other settings, or cannot be written.
     Several processes share the work; the main one keeps the record.
     """
 
-    def __init__(self, path, total, settings):
+    def __init__(self, path, total, settings, output=None):
         self.path, self.total, self.settings = Path(path), total, settings
+        self.output = output or path
         self._record = self.path / "settings.json"
         if distributed.is_main():  # the others wait for it where the work is divided
             self._open(settings)
@@ -66,16 +68,16 @@ class ImageFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output={self.path} cannot be written ({error.strerror}); "
+            raise UserError(f"--output={self.output} cannot be written ({error.strerror}); "
                             "choose another folder") from error
         has_images = any(self.path.glob("*.png"))
         saved = self._read() if has_images else {}
         for name, value in settings.items():
             if name in saved and saved[name] != value:
-                raise UserError(f"--output={self.path} holds images made with {name}={saved[name]!r}, not {value!r}; "
+                raise UserError(f"--output={self.output} holds images made with {name}={saved[name]!r}, not {value!r}; "
                                 "choose another folder, or remove this one")
         if has_images and not saved:
-            raise UserError(f"--output={self.path} holds images of unknown origin; choose another folder")
+            raise UserError(f"--output={self.output} holds images of unknown origin; choose another folder")
         self.settings = {**settings, "seconds": saved.get("seconds", 0.0)}
         self._write()
 

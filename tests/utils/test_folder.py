@@ -43,6 +43,12 @@ def test_other_settings_are_refused_and_named(tmp_path):
     ImageFolder(tmp_path, 1, {"steps": 5, "size": [4, 4]})
 
 
+def test_a_part_of_the_output_is_refused_in_the_name_of_all_of_it(tmp_path):
+    fill(ImageFolder(tmp_path / "part", 1, {"steps": 5}, tmp_path))
+    with pytest.raises(UserError, match=rf"^--output={tmp_path} holds images made with steps=5"):
+        ImageFolder(tmp_path / "part", 1, {"steps": 6}, tmp_path)
+
+
 def test_a_folder_without_images_takes_any_settings(tmp_path):
     ImageFolder(tmp_path, 1, {"steps": 5})
     ImageFolder(tmp_path, 1, {"steps": 6})
