@@ -76,10 +76,10 @@ def ddim_invert(denoise, x, schedule):
 def dpm_solver(denoise, x, schedule):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM's equation with the slope of T x_0 from the step before.
 
-    The first step, without a slope, and the last, whose log signal-to-noise ratio is infinite, are of first order. The
-    slope is followed no further than over the length of the step before: steps are whole ones of the original chain, so
-    near 0 one may be several times as long as the one before, and what the network errs by would be multiplied.
-    Few steps should be those of schedules.log_snr_timesteps.
+    The first step, without a slope, and the last, whose log signal-to-noise ratio is infinite, are of first order.
+    Steps should be about even in that ratio, as those of schedules.log_snr_timesteps are. The slope is followed no
+    further than over the length of the step before: of steps even in time, one near 0 is up to five times as long, and
+    what the network errs by would be multiplied.
     """
     x0_last = h_last = None
     for t, a, a_prev in schedule.reversed_pairs():

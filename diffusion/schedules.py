@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 NOISE_SCHEDULES = ("cosine", "linear", "shifted_cosine", "const0.008")
 MAX_BETA = 0.999
-LOWEST = -5  # half of the log signal-to-noise ratio below which a state says next to nothing of x_0
+LOWEST = -5  # half of the log signal-to-noise ratio, below which a state says next to nothing of x_0
 
 
 def make_betas(name, steps, resolution=None):
@@ -73,9 +73,9 @@ def log_snr_timesteps(betas, count):
     """As respaced_timesteps, of the chain with the betas [total], but even in log(alpha_bar / (1 - alpha_bar)).
 
     In this log signal-to-noise ratio the equation that DPM-Solver integrates is the smoothest (Lu et al. 2022). Much of
-    it lies in the few steps before 0, where details appear: of 20 steps even in time too few would be there. Half of it
-    counts from LOWEST on, where the last step leads from pure noise at once; with the cosine schedule every third step
-    would be below.
+    it lies in the few steps before 0, where details appear: of 20 steps even in time too few would be there. It is
+    divided from half of it = LOWEST on, in whose place stands the last step, pure noise; of the cosine schedule's 1000
+    steps a third of the ratio lies below.
     """
     total = len(betas)
     _check_count(total, count)

@@ -159,7 +159,7 @@ def test_dpm_solver_is_of_higher_order_than_ddim():
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_few_steps_even_in_log_snr_keep_the_contrast_of_details(name):
-    """Details are components of little variance; by 20 steps even in time they lose up to half of their spread."""
+    """Details are components of little variance; by 20 steps even in time they lose half of their spread."""
 
     def spread(steps, variance):
         schedule = Schedule.from_betas(make_betas(name, 1000), steps)

@@ -109,7 +109,15 @@ def test_log_snr_timesteps_are_those_next_to_even_ratios_from_the_lowest_on(name
     ratio = half_log_snr(torch.cumprod(1 - betas, 0))
     steps, gap = log_snr_timesteps(betas, count), (max(ratio[-1], LOWEST) - ratio[0]) / (count - 1)
     for i, step in enumerate(steps[1:-1], start=1):
-        assert ratio[step + 1] < ratio[0] + i * gap < ratio[step - 1]
+        between = (ratio[step - 1 : step + 1] + ratio[step : step + 2]) / 2  # rounded, not cut
+        slack = 0.1 * (ratio[step - 1] - ratio[step + 1])  # the ratio is not linear in time
+        assert between[1] - slack < ratio[0] + i * gap < between[0] + slack
+
+
+def test_no_steps_are_spent_where_a_state_says_nothing():
+    """Lu et al. 2022 end the cosine schedule where half of the log signal-to-noise ratio is about -5.1."""
+    ratio = half_log_snr(torch.cumprod(1 - make_betas("cosine", 1000), 0))
+    assert ratio[-1] < -9 and -5 < ratio[log_snr_timesteps(make_betas("cosine", 1000), 20)[-2]] < -4.3
 
 
 def test_a_solver_gets_steps_even_in_log_snr_and_the_others_in_time():
@@ -118,6 +126,7 @@ def test_a_solver_gets_steps_even_in_log_snr_and_the_others_in_time():
         for sampler, steps in (("dpm_solver", log_snr_timesteps(betas, 20)), ("ddim", respaced_timesteps(total, 20)),
                                ("ddpm", respaced_timesteps(total, 20))):
             assert build_diffusion(cfg, 20, sampler).schedule.timesteps.tolist() == steps
+        assert build_diffusion(cfg, 20).schedule.timesteps.tolist() == respaced_timesteps(total, 20)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 100, 1000])

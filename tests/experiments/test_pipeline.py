@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from diffusion import gaussian_diffusion
 from diffusion.generate import reconstruction_scores
 from diffusion.mollifier import GaussianMollifier
+from diffusion.schedules import log_snr_timesteps
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file
@@ -19,7 +22,7 @@ from utils.weights_file import load_weights_file
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
-EXPORT = "experiments/export_weights.py"
+EXPORT, SUPER_RESOLUTION = "experiments/export_weights.py", "experiments/super_resolution.py"
 
 
 def test_a_run_folder_holds_what_it_should(trained):
@@ -162,15 +165,23 @@ def test_a_window_of_a_large_image(trained, tmp_path):
     assert "holds images made with window=None" in only_line(result)
 
 
-def test_samplers_and_eta(trained, tmp_path):
+def test_samplers_and_eta(trained, tmp_path, monkeypatch):
     plain = sample(trained[2], tmp_path / "ddim", "--num_samples=1")
     for name, *flags in (("ddpm", "--sampler=ddpm"), ("eta", "--eta=1"),
                          ("latent", "--latent_sampler=ddim", "--latent_sampling_steps=5")):
         other = sample(trained[2], tmp_path / name, "--num_samples=1", *flags)
         assert not torch.equal(plain["00000.png"], other["00000.png"])
-    # an untrained network's estimates hardly change between steps, and then it is DDIM
-    solver = sample(trained[2], tmp_path / "solver", "--num_samples=1", "--sampler=dpm_solver")
-    assert solver["00000.png"].shape == (3, 16, 16)
+    # an untrained network's estimates hardly change between steps, and then dpm_solver is DDIM but for where they are
+    chosen = []
+    monkeypatch.setattr(gaussian_diffusion, "log_snr_timesteps",
+                        lambda betas, count: chosen.append(count) or log_snr_timesteps(betas, count))
+    solver = sample(trained[2], tmp_path / "solver", "--num_samples=1", "--sampler=dpm_solver",
+                    "--latent_sampler=dpm_solver", "--latent_sampling_steps=5")
+    assert solver["00000.png"].shape == (3, 16, 16) and chosen == [3, 5]
+    flags = "--num_samples=1", "--sampler=dpm_solver", "--sampling_steps=2"
+    for script, *more in ((RECONS,), (SUPER_RESOLUTION, "--input_img_size=16", "--sample_img_size=20")):
+        result = run_script(script, *trained[1], *flags, *more, "--output", tmp_path / Path(script).stem)
+        assert result.code == 0 and chosen.pop() == 2
 
 
 def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path, monkeypatch):
