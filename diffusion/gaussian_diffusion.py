@@ -177,8 +177,9 @@ def build_diffusion(config, steps=None, sampler="ddim"):
     betas = make_betas(options.noise_schedule, options.steps, resolution)
     visited = None
     if steps is not None:
-        visited = (log_snr_timesteps(betas, steps) if sampler == "dpm_solver"
-                   else respaced_timesteps(options.steps, steps))
+        flag = "--sampling_steps" if images else "--latent_sampling_steps"
+        visited = (log_snr_timesteps(betas, steps, flag) if sampler == "dpm_solver"
+                   else respaced_timesteps(options.steps, steps, flag))
     schedule = Schedule.from_betas(betas, visited)
 
     mollifier_type = options.get("mollifier_type", "none")

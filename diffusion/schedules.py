@@ -56,20 +56,20 @@ def _betas_of(alpha_bar, steps):
     return (1 - values[1:] / values[:-1]).clamp(max=MAX_BETA)
 
 
-def respaced_timesteps(total, count):
+def respaced_timesteps(total, count, flag="--sampling_steps"):
     """`count` of the steps 0 ... total - 1, evenly spaced: an ascending list of distinct int, first 0, last total - 1.
 
     A single step is the last one, [total - 1], because sampling starts at pure noise.
-    Raises UserError unless 1 <= count <= total.
+    Raises UserError, about the flag that `count` is from, unless 1 <= count <= total.
     """
-    _check_count(total, count)
+    _check_count(total, count, flag)
     if count == 1:
         return [total - 1]
     gaps = count - 1
     return [(i * (total - 1) + gaps // 2) // gaps for i in range(count)]  # rounded, in exact arithmetic
 
 
-def log_snr_timesteps(betas, count):
+def log_snr_timesteps(betas, count, flag="--sampling_steps"):
     """As respaced_timesteps, of the chain with the betas [total], but even in log(alpha_bar / (1 - alpha_bar)).
 
     In this log signal-to-noise ratio the equation that DPM-Solver integrates is the smoothest (Lu et al. 2022). Much of
@@ -78,7 +78,7 @@ def log_snr_timesteps(betas, count):
     steps a third of the ratio lies below.
     """
     total = len(betas)
-    _check_count(total, count)
+    _check_count(total, count, flag)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     noise = -half_log_snr(alpha_bar).numpy()  # ascending
     wanted = np.linspace(noise[0], min(noise[-1], -LOWEST), count)
@@ -93,10 +93,9 @@ def half_log_snr(alpha_bar):
     return 0.5 * (alpha_bar / (1 - alpha_bar)).log()
 
 
-def _check_count(total, count):
+def _check_count(total, count, flag):
     if not 1 <= count <= total:
-        raise UserError(f"{count} sampling steps (--sampling_steps, --latent_sampling_steps) must lie between 1 and "
-                        f"diffusion.steps={total}")
+        raise UserError(f"{flag}={count} must lie between 1 and diffusion.steps={total}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_another_resolution_and_shape(trained, tmp_path):
     (["--guidance=-1"], "guidance"), (["--guidance=inf"], "--guidance=inf"),
     (["--guidance=1e30"], "--guidance=1e30"), (["--guidance=nan"], "--guidance=nan"),
     (["--consistency=2"], "consistency"), (["--jumps=-1"], "jumps"),
-    (["--sampling_steps=21"], "21 sampling steps"), (["--num_samples=0"], "num_samples"),
+    (["--sampling_steps=21"], "--sampling_steps=21 must lie"), (["--num_samples=0"], "num_samples"),
     (["--sample_img_size=21"], "less than the 21x21 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
     (["--input=absent"], "--input=absent has no images"),
     (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 is for held-out images"),

@@ -174,7 +174,7 @@ def test_samplers_and_eta(trained, tmp_path, monkeypatch):
     # an untrained network's estimates hardly change between steps, and then dpm_solver is DDIM but for where they are
     chosen = []
     monkeypatch.setattr(gaussian_diffusion, "log_snr_timesteps",
-                        lambda betas, count: chosen.append(count) or log_snr_timesteps(betas, count))
+                        lambda betas, count, flag: chosen.append(count) or log_snr_timesteps(betas, count, flag))
     solver = sample(trained[2], tmp_path / "solver", "--num_samples=1", "--sampler=dpm_solver",
                     "--latent_sampler=dpm_solver", "--latent_sampling_steps=5")
     assert solver["00000.png"].shape == (3, 16, 16) and chosen == [3, 5]
