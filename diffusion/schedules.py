@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 NOISE_SCHEDULES = ("cosine", "linear", "shifted_cosine", "const0.008")
 MAX_BETA = 0.999
-LOWEST = -5  # half of the log signal-to-noise ratio, below which a state says next to nothing of x_0
+LOWEST = -5  # of half_log_snr: a state below says next to nothing of x_0
 
 
 def make_betas(name, steps, resolution=None):
@@ -70,12 +70,11 @@ def respaced_timesteps(total, count, flag="--sampling_steps"):
 
 
 def log_snr_timesteps(betas, count, flag="--sampling_steps"):
-    """As respaced_timesteps, of the chain with the betas [total], but even in log(alpha_bar / (1 - alpha_bar)).
+    """As respaced_timesteps, of the chain with the betas [total], but even in half_log_snr.
 
-    In this log signal-to-noise ratio the equation that DPM-Solver integrates is the smoothest (Lu et al. 2022). Much of
-    it lies in the few steps before 0, where details appear: of 20 steps even in time too few would be there. It is
-    divided from half of it = LOWEST on, in whose place stands the last step, pure noise; of the cosine schedule's 1000
-    steps a third of the ratio lies below.
+    In it the equation that DPM-Solver integrates is the smoothest (Lu et al. 2022). Much of its range lies in the few
+    steps before 0, where details appear: of 20 steps even in time too few would be there. What is below LOWEST, a third
+    of the range of the cosine schedule, is crossed by one step from pure noise.
     """
     total = len(betas)
     _check_count(total, count, flag)

@@ -217,15 +217,15 @@ def sampling(cfg, device, repeats, against, steps):
     torch.manual_seed(0)
     decoder = build_decoder(cfg).to(device).eval()
     batch, size = cfg.train.sample_size, (cfg.data.img_size,) * 2
-    z = torch.randn(batch, cfg.model.z_dim, device=device)
-    dtype = resolve_dtype(cfg.train, device)
+    diffusions = {sampler: build_diffusion(cfg, steps, sampler) for sampler in ("ddim", "dpm_solver")}
+    z, dtype = torch.randn(batch, cfg.model.z_dim, device=device), resolve_dtype(cfg.train, device)
 
     def run(network, sampler, dtype):
         generators = rng.sample_generators(device, range(batch), "benchmark")
         with autocast(device, dtype):
-            decode(network, build_diffusion(cfg, steps, sampler), z, size, sampler, generators, cfg.data.channels)
+            decode(network, diffusions[sampler], z, size, sampler, generators, cfg.data.channels)
 
-    arms = {("fast", sampler): lambda s=sampler: run(decoder, s, dtype) for sampler in ("ddim", "dpm_solver")}
+    arms = {("fast", sampler): lambda s=sampler: run(decoder, s, dtype) for sampler in diffusions}
     if against:
         arms["reference", "ddim"] = lambda: run(ReferenceDecoder(decoder), "ddim", torch.float32)
     seconds = interleaved(arms, repeats, device)

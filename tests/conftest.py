@@ -4,5 +4,4 @@ import os
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before the first test imports torch
     usable = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))(0)  # Linux has it alone
-    share = max(len(usable) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
-    os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
+    os.environ["OMP_NUM_THREADS"] = str(max(len(usable) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))

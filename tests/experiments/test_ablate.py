@@ -7,6 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
+from diffusion import gaussian_diffusion
+from diffusion.schedules import log_snr_timesteps
 from experiments import ablation_runs
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
@@ -29,8 +31,14 @@ def ablated(tmp_path_factory):
                         "--config.train.plot_graph_steps=1", "--config.train.ema_decay=0.5")
     assert before.code == 0, before.err
     command = [ABLATE, "--config", config, "--config.train.ema_decay", 0.5, "--axes=encoder", "--steps=12",
-               "--num_samples=8", "--sampling_steps=2", FEATURES, "--output", folder / "out"]
-    return folder / "out", command, run_script(*command)
+               "--num_samples=8", "--sampler=dpm_solver", "--sampling_steps=2", FEATURES, "--output", folder / "out"]
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussian_diffusion, "log_snr_timesteps",
+                      lambda betas, count, flag: chosen.append(count) or log_snr_timesteps(betas, count, flag))
+        result = run_script(*command)
+    assert chosen == [2, 2]
+    return folder / "out", command, result
 
 
 def test_every_variant_has_a_row_in_every_form(ablated):
