@@ -87,9 +87,12 @@ class Conditioning(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, t, z):
-        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place."""
-        scale_t, shift_t = self.time(F.gelu(t)).chunk(2, dim=1)
-        scale_z = 1 if self.latent is None else 1 + self._latent_scales(F.gelu(self.latent(z)))
+        """t [B, time_dim] embedded, z [B, z_dim] -> (scale [B, width], shift [B, width]) of each layer, by place.
+
+        They are float32 in mixed precision too: in bfloat16 1 + 0.003 is 1.
+        """
+        scale_t, shift_t = widen(self.time(F.gelu(t))).chunk(2, dim=1)
+        scale_z = 1 if self.latent is None else 1 + widen(self._latent_scales(F.gelu(self.latent(z))))
         scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 
@@ -102,3 +105,8 @@ class Conditioning(nn.Module):
             layers = part.unflatten(1, (count, width)).transpose(0, 1)  # [count, B, width]
             scales.append(torch.baddbmm(bias, layers, weight).transpose(0, 1).flatten(1))
         return torch.cat(scales, dim=1)
+
+
+def widen(values):
+    """float32 in place of half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

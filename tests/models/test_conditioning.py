@@ -45,6 +45,21 @@ def test_parameters_are_as_many_as_those_of_separate_linears_and_keep_the_varian
         assert not bias.any()
 
 
+def test_scales_close_to_one_survive_bfloat16():
+    """Before training they are 1 plus some thousandths, which bfloat16 would round to 1."""
+    _, conditioning = layers_and_conditioning([4, 4])
+    torch.nn.init.zeros_(conditioning.time.weight)
+    torch.nn.init.constant_(conditioning.time.bias, 0.003)
+    for weight, bias in zip(conditioning.latent_weights, conditioning.latent_biases, strict=True):
+        torch.nn.init.zeros_(weight)
+        torch.nn.init.constant_(bias, 0.002)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        modulation = conditioning(torch.randn(2, 6), torch.randn(2, 3))
+    for scale, shift in modulation:
+        torch.testing.assert_close(scale, torch.full((2, 4), 1.003 * 1.002), rtol=0, atol=2e-5)
+        torch.testing.assert_close(shift, torch.full((2, 4), 0.003 * 1.002), rtol=0, atol=2e-5)
+
+
 def test_film_without_modulation_is_the_identity_and_has_no_parameters():
     film, h = FiLM(4), torch.randn(2, 3, 4)
     assert film(h) is h
