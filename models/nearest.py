@@ -114,9 +114,13 @@ def _choose_search(device):
 
 
 def _search_compiled(table, offsets, grid_size, k):
-    place = torch.empty((len(table), grid_size**2, k), dtype=torch.int64)
-    squared_distance = torch.empty(place.shape)
-    compiled.run("nearest.nearest", table, grid_size, *vars(offsets).values(), place, squared_distance)
+    table, (batch, height, width) = table.contiguous(), table.shape
+    place = torch.empty((batch, grid_size**2, k), dtype=torch.int64)
+    squared_distance = torch.empty((batch, grid_size**2, k), dtype=torch.float32)
+    lists = offsets.start, offsets.phase, offsets.order, offsets.distance
+    addresses = compiled.addresses(table, *lists, place, squared_distance)
+    sizes = batch, height, width, grid_size, k, *offsets.order.shape
+    compiled.call("nearest.nearest", *addresses, *sizes, offsets.reach, offsets.unit)
     return place, squared_distance
 
 

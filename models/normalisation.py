@@ -39,6 +39,7 @@ def _can_fuse(x, norm, scale, shift):
     return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == torch.float32 and x.numel() > 0
             and norm.normalized_shape == x.shape[-1:]
             and (scale is None or scale.shape == shift.shape == (len(x), x.shape[-1]))
+            and (scale is None or scale.dtype == shift.dtype == torch.float32)
             and not torch.compiler.is_compiling() and compiled.is_available())
 
 
@@ -47,25 +48,28 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, scale, shift, eps, gelu, dropout):
-        x, channels = x.contiguous(), x.shape[-1]
+        x, weight, bias, channels = x.contiguous(), weight.contiguous(), bias.contiguous(), x.shape[-1]
         ctx.modulated = scale is not None
         if ctx.modulated:
-            scale, shift = scale.float().contiguous(), shift.float().contiguous()
+            scale, shift = scale.contiguous(), shift.contiguous()
         else:
             scale, shift = _identity(channels)
+        groups, rows = len(scale), x.numel() // channels
+        ctx.sizes = compiled.kind(x.dtype), groups, rows // groups, channels
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,)).tolist() if dropout else (0, 0))
-        moments = x.new_empty(2, x.numel() // channels, dtype=torch.float32)
-        out = torch.empty_like(x)
-        compiled.run("normalisation.forward", x, weight, bias, scale, shift, eps, *ctx.options, moments, out)
+        moments, out = torch.empty(2, rows, dtype=torch.float32), torch.empty_like(x)
+        addresses = compiled.addresses(x, weight, bias, scale, shift, moments, out)
+        compiled.call("normalisation.forward", *addresses, *ctx.sizes, eps, *ctx.options)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, *parameters, moments = ctx.saved_tensors
-        gradients = [torch.empty_like(tensor) for tensor in (x, *parameters)]
-        compiled.run("normalisation.backward", x, *parameters, *ctx.options, moments, grad.contiguous(), *gradients)
+        tensors, grad = ctx.saved_tensors, grad.contiguous()
+        gradients = [torch.empty_like(tensor) for tensor in tensors[:-1]]
+        addresses = compiled.addresses(*tensors, grad, *gradients)
+        compiled.call("normalisation.backward", *addresses, *ctx.sizes, *ctx.options)
         if not ctx.modulated:
             gradients[3:] = None, None
         return *gradients, None, None, None

@@ -1,6 +1,7 @@
 """What the compiled loops share. This folder is imported by models/compiled.py alone, and only where numba is."""
 
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 
 def compiled(**options):
@@ -13,3 +14,23 @@ def compiled(**options):
             return njit(parallel=True, nogil=True, **options)(function)
 
     return decorate
+
+
+@njit(inline="always")
+def array(address, shape, kind):
+    """The contiguous numbers at an address, as an array of that shape; kind is any number of their type.
+
+    Loops that a training step calls hundreds of times take addresses: to make arrays of their tensors in Python, and to
+    look at each of these again, would take longer than many of the loops do.
+    """
+    return carray(_pointer(address, kind), shape)
+
+
+@intrinsic
+def _pointer(context, address, kind):
+    """An integer as a pointer to numbers of the type of `kind`."""
+
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind)(address, kind), code

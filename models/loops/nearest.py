@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from models.loops.common import compiled
+from models.loops.common import array, compiled
 
 
 @njit(inline="always")
@@ -50,15 +50,22 @@ def search_rows(table, grid_size, i, j, unit, place, squared_distance):
 
 
 @compiled()  # exact comparison of distances: no fastmath
-def nearest(table, grid_size, reach, start, phase, order, distance, unit, place, squared_distance):
-    """The k nearest present pixels of every node of a grid; see models/nearest.py, whose `_Offsets` are reach ... unit.
+def nearest(
+    table, start, phase, order, distance, place, squared_distance, batch, height, width, grid_size, k, lists, count,
+    reach, unit,
+):
+    """The k nearest present pixels of every node of a grid; see models/nearest.py. Tensors come as their addresses.
 
-    table               int32 [B, H, W], Coordinates.table
-    place               int64 [B, G * G, k], written
-    squared_distance    float32 [B, G * G, k], written
+    table                           int32 [batch, height, width], Coordinates.table
+    start ... distance, reach, unit     of its _Offsets; order and distance are [lists, count]
+    place                           int64 [batch, grid_size², k], written
+    squared_distance                float32 [batch, grid_size², k], written
     """
-    batch, height, width = table.shape
-    k = place.shape[2]
+    table = array(table, (batch, height, width), np.int32(0))
+    start, phase = array(start, (2, grid_size), np.int64(0)), array(phase, (2, grid_size), np.int64(0))
+    order, distance = array(order, (lists, count), np.int64(0)), array(distance, (lists, count), np.float32(0))
+    place = array(place, (batch, grid_size * grid_size, k), np.int64(0))
+    squared_distance = array(squared_distance, (batch, grid_size * grid_size, k), np.float32(0))
     padded = np.full((batch, height + 2 * reach[0], width + 2 * reach[1]), -1, np.int32)
     for image in prange(batch):
         for row in range(height):
@@ -71,7 +78,7 @@ def nearest(table, grid_size, reach, start, phase, order, distance, unit, place,
             node = i * grid_size + j
             which = phase[0, i] + phase[1, j]
             found = 0
-            for n in range(order.shape[1]):
+            for n in range(count):
                 present = padded[image, start[0, i] + start[1, j] + order[which, n]]
                 place[image, node, found] = present  # even if absent, for a branch would be hard to predict
                 squared_distance[image, node, found] = distance[which, n]

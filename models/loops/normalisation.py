@@ -6,14 +6,15 @@ What models/normalisation.py asks for, with n the normalised row, group that of 
     out = keep / (1 - dropout) · (h Φ(h) if gelu else h)
 
 bfloat16 comes as the bits of it, uint16; all arithmetic is in float32. Rows are taken in blocks that fit the nearest
-cache. Loops over all numbers of a block, rather than over the few of a row, are what the vector units like best.
+cache, and a block in short loops, one after the other: the steps of one row wait for each other, those of many rows do
+not.
 """
 
 import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from models.loops.common import compiled
+from models.loops.common import array, compiled
 
 BLOCK = 4096  # numbers that one thread takes at a time; the order of sums depends on it, never on the number of threads
 REDUCE = {"contract", "reassoc", "nsz"}  # sums in any order; NaN and infinity stay what they are
@@ -97,47 +98,122 @@ def drop(values, first, dropout, seed, other):
         values[i] *= factor if mix(first + i, seed, other) >= limit else f32(0)
 
 
-@compiled(**VECTOR)
-def forward(x, weight, bias, scale, shift, eps, gelu, dropout, seed, other, moments, out):
-    """See above.
+@njit(**VECTOR)
+def find_moments(x, eps, mean, inverse):
+    """Of each row of x [N, channels]: its mean [N], and 1 / its standard deviation [N]."""
+    rows, channels = x.shape
+    share = f32(1) / f32(channels)
+    for r in range(rows):
+        total = f32(0)
+        for c in range(channels):
+            total += x[r, c]
+        mean[r] = total * share
+    for r in range(rows):
+        middle, squares = mean[r], f32(0)
+        for c in range(channels):
+            squares += (x[r, c] - middle) * (x[r, c] - middle)
+        inverse[r] = squares
+    for r in range(rows):
+        inverse[r] = f32(1) / np.sqrt(inverse[r] * share + f32(eps))
 
-    x              float32 or bfloat16 [..., channels], contiguous: N rows of which the same number is in each group
+
+@njit(**VECTOR)
+def standardise(x, mean, inverse):
+    """x = its normalised rows."""
+    for r in range(x.shape[0]):
+        middle, inv = mean[r], inverse[r]
+        for c in range(x.shape[1]):
+            x[r, c] = (x[r, c] - middle) * inv
+
+
+@njit(**VECTOR)
+def scale_and_shift(x, gain, offset):
+    """x = x gain + offset, for every row."""
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            x[r, c] = x[r, c] * gain[c] + offset[c]
+
+
+@njit(**VECTOR)
+def add_up(g, n, to_gain, to_offset):
+    """to_gain and to_offset = the sums over all rows of g n and of g."""
+    rows, channels = g.shape
+    to_gain[:] = 0
+    to_offset[:] = 0
+    for r in range(rows // 2):  # two at a time, since reading and writing the sums costs as much as a term
+        g0, g1, n0, n1 = g[2 * r], g[2 * r + 1], n[2 * r], n[2 * r + 1]
+        for c in range(channels):
+            to_gain[c] += g0[c] * n0[c] + g1[c] * n1[c]
+            to_offset[c] += g0[c] + g1[c]
+    if rows % 2:
+        for c in range(channels):
+            to_gain[c] += g[rows - 1, c] * n[rows - 1, c]
+            to_offset[c] += g[rows - 1, c]
+
+
+@njit(**VECTOR)
+def differentiate_rows(g, n, gain, inverse):
+    """g, the gradient of n gain + offset with the normalised rows n, becomes that of the rows."""
+    rows, channels = g.shape
+    share = f32(1) / f32(channels)
+    along_ones, along_row = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for r in range(rows):
+        ones, row = f32(0), f32(0)
+        for c in range(channels):
+            ones += g[r, c] * gain[c]
+            row += g[r, c] * gain[c] * n[r, c]
+        along_ones[r], along_row[r] = ones * share, row * share
+    for r in range(rows):
+        inv, ones, row = inverse[r], along_ones[r], along_row[r]
+        for c in range(channels):
+            g[r, c] = inv * (g[r, c] * gain[c] - ones - n[r, c] * row)
+
+
+@njit(inline="always")
+def gain_and_offset(weight, bias, scale, shift):
+    """Of the rows of a group, from its scale and shift."""
+    gain, offset = np.empty_like(weight), np.empty_like(bias)
+    for c in range(weight.size):
+        gain[c] = weight[c] * scale[c]
+        offset[c] = bias[c] * scale[c] + shift[c]
+    return gain, offset
+
+
+@njit(inline="always")
+def block_of(job, blocks, rows, step):
+    """(group, first row, number of rows) of a job: every group of rows has as many blocks."""
+    group, block = divmod(np.int64(job), blocks)
+    return group, group * rows + block * step, min(step, rows - block * step)
+
+
+@compiled(**VECTOR)
+def forward(x, weight, bias, scale, shift, moments, out, kind, groups, rows, channels, eps, gelu, dropout, seed, other):
+    """See above; tensors come as their addresses.
+
+    x              [groups, rows, channels], float32 or the bits of bfloat16, of which kind is one number
     weight, bias   float32 [channels]
     scale, shift   float32 [groups, channels]
+    moments        float32 [2, groups * rows], written: mean of each row, and 1 / standard deviation
+    out            like x, written
     dropout        probability in [0, 1); which numbers, say seed and other, integers in [0, 2^32)
-    moments        float32 [2, N], written: mean of each row, and 1 / standard deviation
-    out            float32 or bfloat16 [..., channels], written
     """
-    channels, groups = weight.size, len(scale)
-    mean, inverse = moments
-    x, out = x.reshape(-1), out.reshape(-1)
-    rows = mean.size // groups
+    size = groups * rows * channels
+    x, out = array(x, size, kind), array(out, size, kind)
+    weight, bias = array(weight, channels, f32(0)), array(bias, channels, f32(0))
+    scale, shift = array(scale, (groups, channels), f32(0)), array(shift, (groups, channels), f32(0))
+    mean, inverse = array(moments, (2, groups * rows), f32(0))
     step = max(BLOCK // channels, 1)
     blocks = (rows + step - 1) // step
     for job in prange(groups * blocks):
-        group, block = divmod(np.int64(job), blocks)
-        first = group * rows + block * step
-        count = min(step, rows - block * step)
-        part = slice(first * channels, (first + count) * channels)
+        group, first, count = block_of(job, blocks, rows, step)
+        part, here = slice(first * channels, (first + count) * channels), slice(first, first + count)
+        gain, offset = gain_and_offset(weight, bias, scale[group], shift[group])
         h = np.empty(count * channels, np.float32)
-        gain, offset = np.empty(channels, np.float32), np.empty(channels, np.float32)
-        for c in range(channels):
-            gain[c] = weight[c] * scale[group, c]
-            offset[c] = bias[c] * scale[group, c] + shift[group, c]
+        h_rows = h.reshape(count, channels)
         convert(x[part], h)
-        for r in range(count):
-            row = h[r * channels : (r + 1) * channels]
-            total = f32(0)
-            for c in range(channels):
-                total += row[c]
-            middle = f32(total / f32(channels))
-            squares = f32(0)
-            for c in range(channels):
-                squares += (row[c] - middle) * (row[c] - middle)
-            inv = f32(f32(1) / np.sqrt(f32(squares / f32(channels)) + f32(eps)))
-            mean[first + r], inverse[first + r] = middle, inv
-            for c in range(channels):
-                row[c] = (row[c] - middle) * inv * gain[c] + offset[c]
+        find_moments(h_rows, eps, mean[here], inverse[here])
+        standardise(h_rows, mean[here], inverse[here])
+        scale_and_shift(h_rows, gain, offset)
         if gelu:
             for i in range(h.size):
                 density, distribution = normal(h[i])
@@ -149,60 +225,42 @@ def forward(x, weight, bias, scale, shift, eps, gelu, dropout, seed, other, mome
 
 @compiled(**VECTOR)
 def backward(
-    x, weight, bias, scale, shift, gelu, dropout, seed, other, moments, grad, grad_x, grad_weight, grad_bias,
-    grad_scale, grad_shift,
+    x, weight, bias, scale, shift, moments, grad, grad_x, grad_weight, grad_bias, grad_scale, grad_shift, kind,
+    groups, rows, channels, gelu, dropout, seed, other,
 ):
     """The gradients of `forward`, from grad, that of its result: each like what it belongs to, written."""
-    channels, groups = weight.size, len(scale)
-    mean, inverse = moments
-    x, grad, grad_x = x.reshape(-1), grad.reshape(-1), grad_x.reshape(-1)
-    rows = mean.size // groups
+    size = groups * rows * channels
+    x, grad, grad_x = array(x, size, kind), array(grad, size, kind), array(grad_x, size, kind)
+    weight, bias = array(weight, channels, f32(0)), array(bias, channels, f32(0))
+    scale, shift = array(scale, (groups, channels), f32(0)), array(shift, (groups, channels), f32(0))
+    mean, inverse = array(moments, (2, groups * rows), f32(0))
     step = max(BLOCK // channels, 1)
     blocks = (rows + step - 1) // step
     partial = np.empty((groups * blocks, 2, channels), np.float32)  # gradients of gain and offset
     for job in prange(groups * blocks):
-        group, block = divmod(np.int64(job), blocks)
-        first = group * rows + block * step
-        count = min(step, rows - block * step)
-        part = slice(first * channels, (first + count) * channels)
+        group, first, count = block_of(job, blocks, rows, step)
+        part, here = slice(first * channels, (first + count) * channels), slice(first, first + count)
+        gain, offset = gain_and_offset(weight, bias, scale[group], shift[group])
         n, g = np.empty(count * channels, np.float32), np.empty(count * channels, np.float32)
-        gain, offset = np.empty(channels, np.float32), np.empty(channels, np.float32)
-        for c in range(channels):
-            gain[c] = weight[c] * scale[group, c]
-            offset[c] = bias[c] * scale[group, c] + shift[group, c]
         convert(x[part], n)
         convert(grad[part], g)
-        for r in range(count):
-            row, middle, inv = n[r * channels : (r + 1) * channels], mean[first + r], inverse[first + r]
-            for c in range(channels):
-                row[c] = (row[c] - middle) * inv
+        n_rows, g_rows = n.reshape(count, channels), g.reshape(count, channels)
+        standardise(n_rows, mean[here], inverse[here])
         if dropout > 0:
             drop(g, first * channels, dropout, seed, other)
         if gelu:
-            h = np.empty(count * channels, np.float32)
-            for r in range(count):
-                for c in range(channels):
-                    h[r * channels + c] = n[r * channels + c] * gain[c] + offset[c]
+            h = n.copy()
+            scale_and_shift(h.reshape(count, channels), gain, offset)
             for i in range(h.size):
                 density, distribution = normal(h[i])
                 g[i] *= distribution + h[i] * density
-        to_gain, to_offset = partial[job, 0], partial[job, 1]
-        to_gain[:] = 0
-        to_offset[:] = 0
-        for r in range(count):
-            row, row_grad = n[r * channels : (r + 1) * channels], g[r * channels : (r + 1) * channels]
-            along_ones, along_row = f32(0), f32(0)
-            for c in range(channels):
-                to_offset[c] += row_grad[c]
-                to_gain[c] += row_grad[c] * row[c]
-                along_ones += row_grad[c] * gain[c]
-                along_row += row_grad[c] * gain[c] * row[c]
-            along_ones, along_row = f32(along_ones / f32(channels)), f32(along_row / f32(channels))
-            inv = inverse[first + r]
-            for c in range(channels):
-                row_grad[c] = inv * (row_grad[c] * gain[c] - along_ones - row[c] * along_row)
+        add_up(g_rows, n_rows, partial[job, 0], partial[job, 1])
+        differentiate_rows(g_rows, n_rows, gain, inverse[here])
         convert(g, grad_x[part])
 
+    grad_weight, grad_bias = array(grad_weight, channels, f32(0)), array(grad_bias, channels, f32(0))
+    grad_scale = array(grad_scale, (groups, channels), f32(0))
+    grad_shift = array(grad_shift, (groups, channels), f32(0))
     grad_weight[:] = 0
     grad_bias[:] = 0
     for group in range(groups):

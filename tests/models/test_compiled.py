@@ -40,6 +40,28 @@ def test_threads_may_call_at_the_same_time():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def test_refuses_what_a_loop_would_read_wrongly():
+    with pytest.raises(ValueError, match="not contiguous"):
+        compiled.addresses(torch.zeros(3), torch.zeros(4, 3).T)
+
+
+def test_every_thread_gets_as_many_threads_as_torch_has():
+    import numba
+
+    def threads_of_a_loop(_=None):
+        nearest_pixels(Coordinates.random(1, (8, 8), 9), 4, 3)
+        return numba.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS), 1):
+            torch.set_num_threads(threads)
+            with ThreadPoolExecutor(1) as pool:
+                assert [threads_of_a_loop(), *pool.map(threads_of_a_loop, range(2))] == [threads] * 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_elsewhere(code):
     """Run Python code in a new process, with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
