@@ -12,6 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from models import compiled
 from models.compiled import is_available, run
@@ -39,6 +40,8 @@ def sparse_conv(features, weight, coords):
         return correlate_image(features.unflatten(1, coords.size), weight, factor).flatten(1, 2)
     start, near, tap = coords.cached(("neighbours", kh, kw), lambda: _neighbours(coords, kh, kw))
     ones = coords.cached(("ones", dtype), lambda: torch.ones_like(factor))
+    if weight.dim() == 3 and not torch.compiler.is_compiling():
+        return _Depthwise.apply(features, weight, start, near, tap, ones, factor)
     return correlate(features, weight, start, near, tap, ones, factor)
 
 
@@ -55,6 +58,43 @@ def _neighbours(coords, kh, kw):
     table = coords.table.unflatten(1, coords.size)
     run("sparse_conv.neighbours", coords.index.contiguous(), table, (kh, kw), start, near, tap)
     return start, near, tap
+
+
+class _Depthwise(torch.autograd.Function):
+    """`correlate` of a depthwise weight and its gradients, without what PyTorch does around a custom operator: with few
+    points that takes longer than the loops."""
+
+    @staticmethod
+    def forward(ctx, features, weight, *neighbours_and_factors):
+        ctx.save_for_backward(features, weight, *neighbours_and_factors)
+        return _sum_neighbours(features, weight, *neighbours_and_factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        features, weight, *neighbours, before, after = ctx.saved_tensors
+        grad_features = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_features = _sum_neighbours(grad, _turned(weight), *neighbours, after, before)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _sum_products(features, grad, *neighbours, before, after, weight)
+        return grad_features, grad_weight, None, None, None, None, None
+
+
+def _sum_neighbours(features, weight, start, near, tap, before, after):
+    """`correlate` of a depthwise weight."""
+    wide, kernel, out = _widen(features), _widen(weight), _empty(features)
+    run("sparse_conv.correlate", wide.flatten(0, 1), kernel.flatten(0, 1), start, near, tap, before.flatten(),
+        after.flatten(), out.flatten(0, 1))
+    return out.to(features.dtype)
+
+
+def _sum_products(features, grad, start, near, tap, before, after, weight):
+    """`correlate_weight_gradient` of a depthwise weight."""
+    out = _empty(weight)
+    run("sparse_conv.weight_gradient", _widen(features).flatten(0, 1), _widen(grad).flatten(0, 1), start, near, tap,
+        before.flatten(), after.flatten(), out.flatten(0, 1))
+    return out.to(weight.dtype)
 
 
 def operator(name):
@@ -80,18 +120,13 @@ def correlate(
     features [B, L, C]; weight [kh, kw, C] or [kh, kw, C, D]; start, near, tap as from _neighbours; before and after
     [B, L], factors of the points. Returns [B, L, C or D].
     """
-    wide, kernel = _widen(features).flatten(0, 1), _widen(weight).flatten(0, 1)
-    before, after = before.flatten(), after.flatten()
     if weight.dim() == 3:
-        out = torch.empty_like(wide)
-        run("sparse_conv.correlate", wide, kernel, start, near, tap, before, after, out)
-    else:
-        out = wide.new_zeros(len(wide), weight.shape[3])
-        wide = wide * before[:, None]
-        for matrix, (point, neighbour) in zip(kernel, _pairs_by_tap(start, near, tap, len(kernel)), strict=True):
-            out.index_add_(0, point, wide[neighbour] @ matrix)
-        out *= after[:, None]
-    return out.to(features.dtype).unflatten(0, features.shape[:2])
+        return _sum_neighbours(features, weight, start, near, tap, before, after)
+    wide, kernel = _widen(features).flatten(0, 1) * before.reshape(-1, 1), _widen(weight).flatten(0, 1)
+    out = wide.new_zeros(len(wide), weight.shape[3])
+    for matrix, (point, neighbour) in zip(kernel, _pairs_by_tap(start, near, tap, len(kernel)), strict=True):
+        out.index_add_(0, point, wide[neighbour] @ matrix)
+    return (out * after.reshape(-1, 1)).to(features.dtype).unflatten(0, features.shape[:2])
 
 
 @operator("correlate_weight_gradient")
@@ -100,15 +135,13 @@ def correlate_weight_gradient(
     weight: Tensor,
 ) -> Tensor:
     """sum over the pairs of each tap of before(near) features(near) after(point) grad(point), like the weight."""
-    features, grad = _widen(features).flatten(0, 1), _widen(grad).flatten(0, 1)
-    before, after = before.flatten(), after.flatten()
-    out = features.new_empty(weight.shape).flatten(0, 1)
     if weight.dim() == 3:
-        run("sparse_conv.weight_gradient", features, grad, start, near, tap, before, after, out)
-    else:
-        features, grad = features * before[:, None], grad * after[:, None]
-        for matrix, (point, neighbour) in zip(out, _pairs_by_tap(start, near, tap, len(out)), strict=True):
-            torch.mm(features[neighbour].T, grad[point], out=matrix)
+        return _sum_products(features, grad, start, near, tap, before, after, weight)
+    features = _widen(features).flatten(0, 1) * before.reshape(-1, 1)
+    grad = _widen(grad).flatten(0, 1) * after.reshape(-1, 1)
+    out = features.new_empty(weight.shape).flatten(0, 1)
+    for matrix, (point, neighbour) in zip(out, _pairs_by_tap(start, near, tap, len(out)), strict=True):
+        torch.mm(features[neighbour].T, grad[point], out=matrix)
     return out.to(weight.dtype).view(weight.shape)
 
 
@@ -186,8 +219,16 @@ correlate_image.register_autograd(_image_backward, setup_context=_save_inputs)
 
 
 def _widen(values):
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return values.detach().to(dtype).contiguous()
+    return values.detach().to(_wide(values)).contiguous()
+
+
+def _empty(values):
+    """Room for a result like `values`, in the precision of the loops."""
+    return torch.empty(values.shape, dtype=_wide(values))
+
+
+def _wide(values):
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _pairs_by_tap(start, near, tap, taps):
