@@ -11,8 +11,8 @@ import torch
 
 log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()  # a loop uses every core, and one of numba's threading layers is not thread-safe
-_of_this_thread = threading.local()  # .threads: what numba was told last, which it keeps for each thread
-_ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0), torch.bfloat16: np.uint16(0)}
+_of_this_thread = threading.local()  # .threads: what numba was told here last; it keeps a number for each thread
+_ZERO = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 
 
 @functools.cache
@@ -33,11 +33,20 @@ def is_available():
 def run(name, *arguments):
     """Call the compiled loop "file.function" of models/loops on numbers and CPU tensors, with as many threads as torch
     uses. A bfloat16 tensor comes to it as its bits, uint16."""
-    call(name, *[_array(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+    _call(name, [_array(a) if isinstance(a, torch.Tensor) else a for a in arguments])
 
 
-def call(name, *arguments):
-    """run, for arguments without a tensor: those of loops that take addresses."""
+def run_at(name, tensors, *numbers):
+    """run for loops that take addresses of tensors (models.loops.common.array), which come first, then numbers.
+
+    tensors   list of (dtype, tensor, tensor, ...). They are named here, and not the addresses of them, so that none of
+              them can be freed before the loop is done
+    Raises ValueError for a tensor that the loop would misread: of another dtype, not contiguous, or not on the CPU.
+    """
+    _call(name, [_address(tensor, dtype) for dtype, *group in tensors for tensor in group] + list(numbers))
+
+
+def _call(name, arguments):
     numba, kernel = _kernel(name)
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _one_at_a_time:
@@ -47,15 +56,16 @@ def call(name, *arguments):
         kernel(*arguments)
 
 
-def addresses(*tensors):
-    """Where contiguous CPU tensors begin in memory, for loops that take addresses (models.loops.common.array)."""
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("a loop would read a tensor that is not contiguous")
-    return [tensor.data_ptr() for tensor in tensors]
+def _address(tensor, dtype):
+    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"a loop would misread a tensor of {tensor.dtype} on {tensor.device} with strides "
+                         f"{tensor.stride()}, instead of a contiguous one of {dtype} on the CPU")
+    return tensor.data_ptr()
 
 
 def kind(dtype):
-    """What tells a loop that takes addresses the type of the numbers there; bfloat16 comes as its bits, uint16."""
+    """A zero, which tells a loop that takes addresses the type of the numbers there: float32, or uint16 for the bits
+    of bfloat16."""
     return _ZERO[dtype]
 
 

@@ -52,9 +52,8 @@ class FiLM(nn.Module):
         """h [B, ..., width] -> like h."""
         if modulation is None:
             return h
-        vectors = (vector.to(h.dtype) for vector in modulation[self.place])
-        scale, shift = (vector.view(len(vector), *[1] * (h.dim() - 2), -1) for vector in vectors)
-        return torch.addcmul(shift, h, scale)
+        scale, shift = (vector.view(len(vector), *[1] * (h.dim() - 2), -1) for vector in modulation[self.place])
+        return torch.addcmul(shift, h, scale).to(h.dtype)
 
 
 class Conditioning(nn.Module):
@@ -91,8 +90,8 @@ class Conditioning(nn.Module):
 
         They are float32 in mixed precision too: in bfloat16 1 + 0.003 is 1.
         """
-        scale_t, shift_t = widen(self.time(F.gelu(t))).chunk(2, dim=1)
-        scale_z = 1 if self.latent is None else 1 + widen(self._latent_scales(F.gelu(self.latent(z))))
+        scale_t, shift_t = _widen(self.time(F.gelu(t))).chunk(2, dim=1)
+        scale_z = 1 if self.latent is None else 1 + _widen(self._latent_scales(F.gelu(self.latent(z))))
         scale, shift = (1 + scale_t) * scale_z, shift_t * scale_z
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 
@@ -107,6 +106,6 @@ class Conditioning(nn.Module):
         return torch.cat(scales, dim=1)
 
 
-def widen(values):
+def _widen(values):
     """float32 in place of half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

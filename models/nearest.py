@@ -115,12 +115,15 @@ def _choose_search(device):
 
 def _search_compiled(table, offsets, grid_size, k):
     table, (batch, height, width) = table.contiguous(), table.shape
-    place = torch.empty((batch, grid_size**2, k), dtype=torch.int64)
-    squared_distance = torch.empty((batch, grid_size**2, k), dtype=torch.float32)
-    lists = offsets.start, offsets.phase, offsets.order, offsets.distance
-    addresses = compiled.addresses(table, *lists, place, squared_distance)
+    place = table.new_empty(batch, grid_size**2, k, dtype=torch.int64)
+    squared_distance = table.new_empty(batch, grid_size**2, k, dtype=torch.float32)
+    tensors = [
+        (torch.int32, table),
+        (torch.int64, offsets.start, offsets.phase, offsets.order, place),
+        (torch.float32, offsets.distance, squared_distance),
+    ]
     sizes = batch, height, width, grid_size, k, *offsets.order.shape
-    compiled.call("nearest.nearest", *addresses, *sizes, offsets.reach, offsets.unit)
+    compiled.run_at("nearest.nearest", tensors, *sizes, offsets.reach, offsets.unit)
     return place, squared_distance
 
 

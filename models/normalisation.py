@@ -36,8 +36,8 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
 
 def _can_fuse(x, norm, scale, shift):
     """Whether the loops know what to do here; they check no shapes, so that PyTorch shall name what does not fit."""
-    return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == torch.float32 and x.numel() > 0
-            and norm.normalized_shape == x.shape[-1:]
+    return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == norm.bias.dtype == torch.float32
+            and x.numel() > 0 and norm.normalized_shape == x.shape[-1:]
             and (scale is None or scale.shape == shift.shape == (len(x), x.shape[-1]))
             and (scale is None or scale.dtype == shift.dtype == torch.float32)
             and not torch.compiler.is_compiling() and compiled.is_available())
@@ -50,33 +50,31 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scale, shift, eps, gelu, dropout):
         x, weight, bias, channels = x.contiguous(), weight.contiguous(), bias.contiguous(), x.shape[-1]
         ctx.modulated = scale is not None
-        if ctx.modulated:
-            scale, shift = scale.contiguous(), shift.contiguous()
-        else:
-            scale, shift = _identity(channels)
-        groups, rows = len(scale), x.numel() // channels
+        scale, shift = (scale.contiguous(), shift.contiguous()) if ctx.modulated else _identity(channels)
+        rows, groups = x.numel() // channels, len(scale)
         ctx.sizes = compiled.kind(x.dtype), groups, rows // groups, channels
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,)).tolist() if dropout else (0, 0))
-        moments, out = torch.empty(2, rows, dtype=torch.float32), torch.empty_like(x)
-        addresses = compiled.addresses(x, weight, bias, scale, shift, moments, out)
-        compiled.call("normalisation.forward", *addresses, *ctx.sizes, eps, *ctx.options)
+        moments, out = x.new_empty(2, rows, dtype=torch.float32), torch.empty_like(x)
+        tensors = [(x.dtype, x, out), (torch.float32, weight, bias, scale, shift, moments)]
+        compiled.run_at("normalisation.forward", tensors, *ctx.sizes, eps, *ctx.options)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        tensors, grad = ctx.saved_tensors, grad.contiguous()
-        gradients = [torch.empty_like(tensor) for tensor in tensors[:-1]]
-        addresses = compiled.addresses(*tensors, grad, *gradients)
-        compiled.call("normalisation.backward", *addresses, *ctx.sizes, *ctx.options)
+        x, *vectors, moments = ctx.saved_tensors
+        grad, grad_x, gradients = grad.contiguous(), torch.empty_like(x), [torch.empty_like(v) for v in vectors]
+        tensors = [(x.dtype, x, grad, grad_x), (torch.float32, *vectors, moments, *gradients)]
+        compiled.run_at("normalisation.backward", tensors, *ctx.sizes, *ctx.options)
         if not ctx.modulated:
-            gradients[3:] = None, None
-        return *gradients, None, None, None
+            gradients[2:] = None, None
+        return grad_x, *gradients, None, None, None
 
 
 @functools.lru_cache(maxsize=64)
 def _identity(channels):
     """Scale and shift of no modulation."""
+    exactly = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are when it is first asked for
     with torch.inference_mode(False):  # whoever asks first, training may use them as well
-        return torch.ones(1, channels), torch.zeros(1, channels)
+        return torch.ones(1, channels, **exactly), torch.zeros(1, channels, **exactly)

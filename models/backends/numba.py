@@ -3,16 +3,16 @@
 Its cost follows the number of pairs of neighbours, which are listed once per geometry. Where every pixel is present, in
 raster order, F.conv2d is faster and is used instead, except for the gradient of a depthwise weight.
 
-The operators are custom operators of PyTorch, so that torch.compile takes them as they are. Half precision is widened
-to float32 before the loops (in them it would be widened again for every tap) and sums are taken in float32, or float64
-for float64. A depthwise result does not depend on the number of threads, which is that of torch.
+The operators are custom operators of PyTorch, so that torch.compile takes them as they are; otherwise the depthwise one
+on a subset is called directly. Half precision is widened to float32 before the loops (in them it would be widened again
+for every tap) and sums are taken in float32, or float64 for float64; autocast changes nothing in them. A depthwise
+result does not depend on the number of threads, which is that of torch.
 """
 
 import functools
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from models import compiled
 from models.compiled import is_available, run
@@ -60,29 +60,8 @@ def _neighbours(coords, kh, kw):
     return start, near, tap
 
 
-class _Depthwise(torch.autograd.Function):
-    """`correlate` of a depthwise weight and its gradients, without what PyTorch does around a custom operator: with few
-    points that takes longer than the loops."""
-
-    @staticmethod
-    def forward(ctx, features, weight, *neighbours_and_factors):
-        ctx.save_for_backward(features, weight, *neighbours_and_factors)
-        return _sum_neighbours(features, weight, *neighbours_and_factors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        features, weight, *neighbours, before, after = ctx.saved_tensors
-        grad_features = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_features = _sum_neighbours(grad, _turned(weight), *neighbours, after, before)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _sum_products(features, grad, *neighbours, before, after, weight)
-        return grad_features, grad_weight, None, None, None, None, None
-
-
 def _sum_neighbours(features, weight, start, near, tap, before, after):
-    """`correlate` of a depthwise weight."""
+    """correlate of a depthwise weight."""
     wide, kernel, out = _widen(features), _widen(weight), _empty(features)
     run("sparse_conv.correlate", wide.flatten(0, 1), kernel.flatten(0, 1), start, near, tap, before.flatten(),
         after.flatten(), out.flatten(0, 1))
@@ -90,7 +69,7 @@ def _sum_neighbours(features, weight, start, near, tap, before, after):
 
 
 def _sum_products(features, grad, start, near, tap, before, after, weight):
-    """`correlate_weight_gradient` of a depthwise weight."""
+    """correlate_weight_gradient of a depthwise weight."""
     out = _empty(weight)
     run("sparse_conv.weight_gradient", _widen(features).flatten(0, 1), _widen(grad).flatten(0, 1), start, near, tap,
         before.flatten(), after.flatten(), out.flatten(0, 1))
@@ -184,14 +163,30 @@ def _like_weight(features, grad, *rest):
     return torch.empty_like(rest[-1], memory_format=torch.contiguous_format)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, sum_neighbours=correlate, sum_products=correlate_weight_gradient):
     features, weight, *neighbours, before, after = ctx.saved_tensors
     grad_features = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_features = correlate(grad, _turned(weight), *neighbours, after, before)
+        grad_features = sum_neighbours(grad, _turned(weight), *neighbours, after, before)
     if ctx.needs_input_grad[1]:
-        grad_weight = correlate_weight_gradient(features, grad, *neighbours, before, after, weight)
+        grad_weight = sum_products(features, grad, *neighbours, before, after, weight)
     return grad_features, grad_weight, None, None, None, None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """correlate of a depthwise weight, without what PyTorch does around a custom operator: with few points that takes
+    longer than the loops."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return _sum_neighbours(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # the gradient shall be differentiated again, which needs the operators
+            return _backward(ctx, grad)
+        return _backward(ctx, grad, _sum_neighbours, _sum_products)
 
 
 def _image_backward(ctx, grad):
@@ -224,7 +219,7 @@ def _widen(values):
 
 def _empty(values):
     """Room for a result like `values`, in the precision of the loops."""
-    return torch.empty(values.shape, dtype=_wide(values))
+    return values.new_empty(values.shape, dtype=_wide(values))
 
 
 def _wide(values):

@@ -21,7 +21,8 @@ def array(address, shape, kind):
     """The contiguous numbers at an address, as an array of that shape; kind is any number of their type.
 
     Loops that a training step calls hundreds of times take addresses: to make arrays of their tensors in Python, and to
-    look at each of these again, would take longer than many of the loops do.
+    look at each of these again, would take longer than many of the loops do. (Machine code that is kept on disk is not
+    renewed when this file changes; delete models/loops/__pycache__ then.)
     """
     return carray(_pointer(address, kind), shape)
 

@@ -51,15 +51,16 @@ def search_rows(table, grid_size, i, j, unit, place, squared_distance):
 
 @compiled()  # exact comparison of distances: no fastmath
 def nearest(
-    table, start, phase, order, distance, place, squared_distance, batch, height, width, grid_size, k, lists, count,
+    table, start, phase, order, place, distance, squared_distance, batch, height, width, grid_size, k, lists, count,
     reach, unit,
 ):
     """The k nearest present pixels of every node of a grid; see models/nearest.py. Tensors come as their addresses.
 
-    table                           int32 [batch, height, width], Coordinates.table
-    start ... distance, reach, unit     of its _Offsets; order and distance are [lists, count]
-    place                           int64 [batch, grid_size², k], written
-    squared_distance                float32 [batch, grid_size², k], written
+    table               int32 [batch, height, width], Coordinates.table
+    start, phase        int64 [2, grid_size] of _Offsets, as reach and unit are
+    order, distance     int64 and float32 [lists, count] of _Offsets
+    place               int64 [batch, grid_size², k], written
+    squared_distance    float32 [batch, grid_size², k], written
     """
     table = array(table, (batch, height, width), np.int32(0))
     start, phase = array(start, (2, grid_size), np.int64(0)), array(phase, (2, grid_size), np.int64(0))

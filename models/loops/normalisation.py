@@ -187,14 +187,14 @@ def block_of(job, blocks, rows, step):
 
 
 @compiled(**VECTOR)
-def forward(x, weight, bias, scale, shift, moments, out, kind, groups, rows, channels, eps, gelu, dropout, seed, other):
+def forward(x, out, weight, bias, scale, shift, moments, kind, groups, rows, channels, eps, gelu, dropout, seed, other):
     """See above; tensors come as their addresses.
 
     x              [groups, rows, channels], float32 or the bits of bfloat16, of which kind is one number
+    out            like x, written
     weight, bias   float32 [channels]
     scale, shift   float32 [groups, channels]
     moments        float32 [2, groups * rows], written: mean of each row, and 1 / standard deviation
-    out            like x, written
     dropout        probability in [0, 1); which numbers, say seed and other, integers in [0, 2^32)
     """
     size = groups * rows * channels
@@ -225,7 +225,7 @@ def forward(x, weight, bias, scale, shift, moments, out, kind, groups, rows, cha
 
 @compiled(**VECTOR)
 def backward(
-    x, weight, bias, scale, shift, moments, grad, grad_x, grad_weight, grad_bias, grad_scale, grad_shift, kind,
+    x, grad, grad_x, weight, bias, scale, shift, moments, grad_weight, grad_bias, grad_scale, grad_shift, kind,
     groups, rows, channels, gelu, dropout, seed, other,
 ):
     """The gradients of `forward`, from grad, that of its result: each like what it belongs to, written."""

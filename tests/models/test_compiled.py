@@ -41,8 +41,9 @@ def test_threads_may_call_at_the_same_time():
 
 
 def test_refuses_what_a_loop_would_read_wrongly():
-    with pytest.raises(ValueError, match="not contiguous"):
-        compiled.addresses(torch.zeros(3), torch.zeros(4, 3).T)
+    for tensor in (torch.zeros(4, 3).T, torch.zeros(4, dtype=torch.float64), torch.zeros(4, device="meta")):
+        with pytest.raises(ValueError, match="misread"):
+            compiled.run_at("nearest.nearest", [(torch.float32, torch.zeros(3), tensor)])
 
 
 def test_every_thread_gets_as_many_threads_as_torch_has():

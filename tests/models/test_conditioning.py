@@ -60,6 +60,13 @@ def test_scales_close_to_one_survive_bfloat16():
         torch.testing.assert_close(shift, torch.full((2, 4), 0.003 * 1.002), rtol=0, atol=2e-5)
 
 
+def test_film_rounds_once():
+    film, h = FiLM(4), torch.full((1, 2, 4), 1024.0, dtype=torch.bfloat16)
+    film.place = 0
+    out = film(h, [(torch.full((1, 4), 1.003), torch.full((1, 4), 2.0))])
+    assert torch.equal(out, torch.full_like(h, 1032))  # nearest to 1029.07; with 1.003 rounded to 1 it would be 1024
+
+
 def test_film_without_modulation_is_the_identity_and_has_no_parameters():
     film, h = FiLM(4), torch.randn(2, 3, 4)
     assert film(h) is h

@@ -174,6 +174,26 @@ def test_weights_of_other_precisions_are_left_to_pytorch():
     assert torch.equal(normalise(x, norm), norm(x))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float64,) * 2, (torch.float32, torch.bfloat16)])
+def test_modulations_of_other_precisions_are_left_to_pytorch(dtypes):
+    x, norm, film, modulation, _ = draw((2, 9, 32), True)
+    other = [tuple(vector.to(dtype) for vector, dtype in zip(modulation[0], dtypes, strict=True))]
+    out = normalise(x, norm, film, other)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, normalise(x, norm, film, modulation), rtol=2e-2, atol=2e-2)
+
+
+def test_default_precision_of_torch_changes_nothing():
+    x, norm, _, _, _ = draw((2, 9, 32), False)
+    wanted = normalise(x, norm)
+    normalisation._identity.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(normalise(x, norm), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_dropout_of_everything_leaves_nothing():
     assert not normalise(torch.randn(2, 4, 8), nn.LayerNorm(8), dropout=nn.Dropout(1.0)).any()
 
