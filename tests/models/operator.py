@@ -1,8 +1,10 @@
 """Problems for the sparse operator, and its definition in slow loops to compare with."""
 
+import pytest
 import torch
 
 from data.coordinates import Coordinates
+from models.backends import torch_dense
 from tests.reference import sparse_conv as reference
 
 
@@ -35,3 +37,19 @@ def check_against_loops(sparse_conv, features, weight, coords, tolerance):
     for value, theirs in zip([out, *ours], map(torch.from_numpy, expected), strict=True):
         assert (value.double().cpu() - theirs).abs().max() <= tolerance * theirs.square().mean().sqrt()
     return out, *ours
+
+
+def check_second_derivatives(sparse_conv, features, weight, coords):
+    """The gradient in the features is linear in the weight; that in the weight cannot be differentiated again."""
+    results = []
+    for function in (sparse_conv, torch_dense.sparse_conv):
+        out = function(features, weight, coords)
+        grad = torch.ones_like(out, requires_grad=True)
+        first = torch.autograd.grad(out, features, grad, create_graph=True)[0]
+        results.append(torch.autograd.grad((first * features.detach()).sum(), (grad, weight)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    out = sparse_conv(features, weight, coords)
+    first = torch.autograd.grad(out.square().sum(), weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()

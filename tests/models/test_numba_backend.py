@@ -5,7 +5,6 @@ import torch
 
 from data.coordinates import Coordinates
 from models.backends import numba as backend
-from models.backends import torch_dense
 from models.sparse_conv import neighbour_counts
 from tests.models import operator
 from tests.models.operator import draw, gradients
@@ -187,19 +186,7 @@ def test_values_need_not_be_contiguous():
 @pytest.mark.parametrize("outputs", [(), (4,)])
 @pytest.mark.parametrize(("density", "order"), ORDERS[::2])
 def test_second_derivatives_are_right_or_refused(outputs, density, order):
-    """The gradient in the features is linear in the weight; that in the weight cannot be differentiated again."""
-    features, weight, coords = draw((7, 9), density, (3, 5, 3, *outputs), order)
-    results = []
-    for function in (backend.sparse_conv, torch_dense.sparse_conv):
-        out = function(features, weight, coords)
-        grad = torch.ones_like(out, requires_grad=True)
-        first = torch.autograd.grad(out, features, grad, create_graph=True)[0]
-        results.append(torch.autograd.grad((first * features.detach()).sum(), (grad, weight)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-    first = torch.autograd.grad(backend.sparse_conv(features, weight, coords).square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first[0].sum().backward()
+    operator.check_second_derivatives(backend.sparse_conv, *draw((7, 9), density, (3, 5, 3, *outputs), order))
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):

@@ -153,20 +153,8 @@ def test_only_wanted_gradients_are_computed(outputs, monkeypatch):
 
 @pytest.mark.parametrize("outputs", KINDS)
 def test_second_derivatives_are_right_or_refused(outputs):
-    """The gradient in the features is linear in the weight; that in the weight cannot be differentiated again."""
-    features, weight, coords = draw((5, 6), 1 / 2, (3, 1, 4, *outputs), "sorted")
-    results = []
-    for function in (backend.sparse_conv, torch_dense.sparse_conv):
-        out = function(features, weight, coords)
-        grad = torch.ones_like(out, requires_grad=True)
-        first = torch.autograd.grad(out, features, grad, create_graph=True)[0]
-        results.append(torch.autograd.grad((first * features.detach()).sum(), (grad, weight)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-    out = backend.sparse_conv(features, weight, coords)
-    first = torch.autograd.grad(out.square().sum(), weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
+    problem = draw((5, 6), 1 / 2, (3, 1, 4, *outputs), "sorted")
+    operator.check_second_derivatives(backend.sparse_conv, *problem)
 
 
 def test_float64_is_not_rounded():
