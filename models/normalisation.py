@@ -38,8 +38,8 @@ def _can_fuse(x, norm, scale, shift):
     """Whether the loops know what to do here; they check no shapes, so that PyTorch shall name what does not fit."""
     return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == norm.bias.dtype == torch.float32
             and x.numel() > 0 and norm.normalized_shape == x.shape[-1:]
-            and (scale is None or scale.shape == shift.shape == (len(x), x.shape[-1]))
-            and (scale is None or scale.dtype == shift.dtype == torch.float32)
+            and (scale is None or scale.shape == shift.shape == (len(x), x.shape[-1])
+                 and scale.dtype == shift.dtype == torch.float32)
             and not torch.compiler.is_compiling() and compiled.is_available())
 
 
