@@ -26,8 +26,9 @@ def coefficients(lead, count, block, generator=None, device=None):
     generator   one torch.Generator, or a list of one per sample
     """
     first = rng.randn((*lead, *block), generator, device)
-    detail = rng.branch(generator, device)
+    seed = rng.draw_seed(generator, device)
     blocks = [-(-wanted // length) for wanted, length in zip(count, block, strict=True)]
+    detail = rng.seeded(seed) if max(blocks) > 1 else None
     canvas = first.new_zeros(*lead, blocks[0] * block[0], blocks[1] * block[1])
     for i, j in _shells(max(blocks)):
         drawn = first if i == j == 0 else rng.randn(first.shape, detail, device)

@@ -47,14 +47,14 @@ class Attention(nn.Module):
         if self.kind == "flash_attn" and not applies:
             raise UserError(f"model.attention='flash_attn' needs a GPU and half precision, not {q.device.type} and "
                             f"{str(q.dtype).removeprefix('torch.')}; use model.attention=auto or train.precision=bf16")
-        return applies and self.kind != "sdpa" and _flash_attn() is not None
+        return applies and self.kind != "sdpa" and _has_flash_attn()
 
 
 def check_attention(kind):
     """UserError where model.attention is not a known kind or its package is missing."""
     if kind not in KINDS:
         raise UserError(f"model.attention={kind!r} is not one of {', '.join(KINDS)}; use auto")
-    if kind == "flash_attn" and _flash_attn() is None:
+    if kind == "flash_attn" and not _has_flash_attn():
         raise UserError("model.attention='flash_attn' needs the package flash-attn 2, which cannot be imported; "
                         "install it or use model.attention=auto")
 
@@ -70,6 +70,11 @@ def _sdpa(q, k, v):
 
 def _flash_attention(q, k, v):
     return _flash_attn().flash_attn_func(q, k, v)
+
+
+@torch.compiler.assume_constant_result  # torch.compile would follow the import, and break the graph there
+def _has_flash_attn():
+    return _flash_attn() is not None
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import torch._functorch.config as functorch
+
 from models.attention import check_attention
 from models.autoencoder import NoEncoder, PointsToGrid, SparseEncoder, SparseUNet
 from models.grid_unet import GridDown, GridSpec, GridUNet, Stage
@@ -75,6 +77,9 @@ def _compile_if_asked(config, network):
     """train.compile: in place, so that names of parameters stay as they are; of the autoencoder only the grid, whose
     shapes never change."""
     if config.train.compile:
+        if config.train.checkpoint_activations and hasattr(functorch, "graphsafe_rng_functionalization"):
+            # It would seed dropout once in a process, and not at every step: a run that goes on would drop others.
+            functorch.graphsafe_rng_functionalization = False
         network.compile()
 
 

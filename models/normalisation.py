@@ -31,7 +31,8 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
     h = norm(x)
     h = h if film is None else film(h, modulation)
     h = F.gelu(h) if gelu else h
-    return h if dropout is None else dropout(h)
+    h = h if dropout is None else dropout(h)
+    return h.to(x.dtype)  # on a GPU autocast computes norms in float32
 
 
 def _can_fuse(x, norm, scale, shift):

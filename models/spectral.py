@@ -17,7 +17,8 @@ class SpectralConv(nn.Module):
     def __init__(self, width_in, width_out, resolution):
         super().__init__()
         rows, columns = min(2 * MODES, resolution), min(MODES, resolution // 2 + 1)
-        self.frequencies = [row % resolution for row in range(-(rows // 2), rows - rows // 2)]
+        # a buffer, because a list as an index makes a GPU wait
+        self.register_buffer("frequencies", torch.arange(-(rows // 2), rows - rows // 2) % resolution, persistent=False)
         self.weight = nn.Parameter(torch.empty(rows, columns, width_in, width_out, 2))  # real, imaginary
         self.bias = nn.Parameter(torch.zeros(width_out))
         nn.init.normal_(self.weight, std=(2 * width_in) ** -0.5)

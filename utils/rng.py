@@ -24,12 +24,18 @@ def sample_generators(device, indices, *keys):
     return [generator(device, *keys, int(index)) for index in indices]
 
 
-def branch(generator, device=None):
-    """A second stream, seeded by one draw from the first: a new generator, or a list of one per sample."""
+def draw_seed(generator, device=None):
+    """The seed of a second stream, by one draw from the first: int64, a scalar or [B] for a list of B generators."""
     if isinstance(generator, (list, tuple)):
-        return [branch(one, device) for one in generator]
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return torch.Generator(device or "cpu").manual_seed(seed.item())
+        return torch.stack([draw_seed(one, device) for one in generator])
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)
+
+
+def seeded(seed):
+    """The stream of draw_seed: a new generator, or a list of B. A GPU is waited for, as generators are the host's."""
+    if seed.dim():
+        return [torch.Generator(seed.device).manual_seed(one) for one in seed.tolist()]
+    return torch.Generator(seed.device).manual_seed(seed.item())
 
 
 def _draw(make, shape, generator, device):

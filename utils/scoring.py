@@ -30,7 +30,8 @@ def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=
 
     key = {"fingerprints": [part.fingerprint() for part in real], "feature_model": model.name,
            "weights_sha256": model.sha256, "preprocessing": PREPROCESSING_VERSION, "crops": crops,
-           "crop_size": crop_size if crops else None}
+           "crop_size": crop_size if crops else None,
+           "device": model.device.type}  # CLIP computes in half precision on a GPU
     height, width = size = real[0].size
     real_statistics = cached_statistics(cache, f"{real[0].name}_{height}x{width}_{model.name}", key,
                                         lambda: of(ConcatDataset(real), size, "real images"))

@@ -8,7 +8,10 @@ half precision, in float32 as TF32 where PyTorch may use it for matrix products 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, in Python: for tests.
 """
 
+import functools
 import importlib.util
+import logging
+import subprocess
 
 import torch
 
@@ -27,11 +30,26 @@ def unavailable_reason(depthwise=False):
         return "triton is not installed (it comes with PyTorch for Linux); use model.backend=auto"
     if not (INTERPRETED or torch.cuda.is_available()):
         return "PyTorch sees no GPU; use model.backend=auto"
+    return "" if INTERPRETED else _driver_problem()
+
+
+@functools.cache
+def _driver_problem():
+    """Why Triton cannot start kernels, "" where it can: it compiles a part of itself when it first does."""
+    from triton.runtime import driver  # here, because Triton may be missing
+
+    try:
+        driver.active.utils  # noqa: B018
+    except (AssertionError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # it raises all of these
+        problem = (f"Triton cannot start kernels ({' '.join(str(error).split())[:100]}); it needs libcuda.so, a C "
+                   "compiler and Python's headers (Debian: gcc, python3-dev)")
+        logging.warning("%s. Until then the slower torch_dense is used", problem)
+        return problem
     return ""
 
 
 def is_available():
-    """Whether Triton is installed and has a GPU."""
+    """Whether Triton is installed and has a GPU, and can start kernels there."""
     return not unavailable_reason()
 
 

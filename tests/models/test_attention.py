@@ -75,3 +75,9 @@ def test_the_flash_path_computes_the_same(monkeypatch):
     monkeypatch.setattr(attention, "_flash_attn", lambda: Package)
     monkeypatch.setattr(Attention, "_uses_flash", lambda self, q: True)
     torch.testing.assert_close(layer()(x), expected)
+
+
+def test_to_look_for_flash_attn_does_not_break_a_compiled_graph():
+    attention._flash_attn.cache_clear()
+    function = torch.compile(lambda x: x + attention._has_flash_attn(), fullgraph=True, backend="eager")
+    assert function(torch.zeros(1)) == (attention._flash_attn() is not None)

@@ -13,6 +13,7 @@ from diffusion import mollifier
 from diffusion.gaussian_diffusion import build_diffusion
 from models.build import build_decoder, build_encoder, build_latent_model
 from models.interpolation import Mixture
+from models.normalisation import normalise
 from tests.models.tiny import SIZE, tiny_config, tiny_latent_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, other tests use it")
@@ -110,6 +111,14 @@ def test_the_loss_of_stage_2_is_on_the_gpu(dtype):
         t = torch.empty(BATCH, dtype=torch.int64, device=GPU)
         loss = diffusion.training_losses(model, latents, t, None, torch.empty_like(latents))["loss"]
     assert (loss.device, loss.dtype, loss.shape) == (GPU, torch.float32, (BATCH,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_keeps_half_precision_for_the_layer_after_it(dtype):
+    norm = nn.LayerNorm(8)
+    with pretended_gpu(dtype):
+        out = normalise(torch.empty(2, 5, 8, device=GPU, dtype=dtype), moved(norm), gelu=True)
+    assert (out.device, out.dtype) == (GPU, dtype)
 
 
 def test_tensors_of_two_devices_would_be_seen():

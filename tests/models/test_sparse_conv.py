@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from data.coordinates import Coordinates
+from models import sparse_conv as dispatch
+from models.backends import triton
 from models.sparse_conv import BACKENDS, available_backends, neighbour_counts, resolve_backend, sparse_conv
 from tests.reference import sparse_conv as reference
 from utils.errors import UserError
@@ -168,3 +170,21 @@ def test_wrong_shapes_are_refused(shape):
         sparse_conv(features, torch.zeros(shape), coords)
     with pytest.raises(ValueError, match="features"):
         sparse_conv(features[:, 1:], torch.zeros(3, 3, 4), coords)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or "triton" in available_backends(), reason="Triton works here")
+def test_a_gpu_where_triton_cannot_start_kernels_takes_torch_dense(monkeypatch, caplog):
+    """As on a machine without a C compiler: with no GPU, Triton's first attempt fails as well."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    caches = [dispatch._unavailable_reason, triton._driver_problem]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert resolve_backend("auto", torch.device("cuda"), depthwise=True) == "torch_dense"
+        assert "slower torch_dense" in caplog.text
+        with pytest.raises(UserError, match="C compiler"):
+            resolve_backend("triton", torch.device("cuda"), depthwise=True)
+    finally:
+        for cache in caches:
+            cache.cache_clear()

@@ -31,9 +31,9 @@ def test_a_wrong_number_of_generators_is_refused():
 
 def test_a_branch_is_a_stream_of_its_own():
     first, again = rng.generator("cpu", "x"), rng.generator("cpu", "x")
-    rng.randn((1000,), rng.branch(first))  # however much is drawn from it
-    branched = rng.randn((4,), rng.branch(again))
+    rng.randn((1000,), rng.seeded(rng.draw_seed(first)))  # however much is drawn from it
+    branched = rng.randn((4,), rng.seeded(rng.draw_seed(again)))
     assert torch.equal(rng.randn((3,), first), rng.randn((3,), again))
     assert not torch.equal(branched[:3], rng.randn((3,), rng.generator("cpu", "x")))
-    together = rng.randn((2, 4), rng.branch(rng.sample_generators("cpu", [0, 1], "x")))
-    assert torch.equal(together[1:], rng.randn((1, 4), rng.branch(rng.sample_generators("cpu", [1], "x"))))
+    together, alone = (rng.seeded(rng.draw_seed(rng.sample_generators("cpu", which, "x"))) for which in ([0, 1], [1]))
+    assert torch.equal(rng.randn((2, 4), together)[1:], rng.randn((1, 4), alone))
