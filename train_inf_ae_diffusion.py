@@ -56,7 +56,7 @@ def denoising_terms(modules, diffusion, cfg, images, t, stream):
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     """Mean loss of a batch at random time steps, with the means of its terms."""
     stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
-    t, weights = timesteps.sample(stream("t"))
+    t, weights = timesteps.sample(rng.rand((len(batch.images),), stream("t"), batch.images.device))
     terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
     timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}

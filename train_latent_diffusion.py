@@ -32,24 +32,33 @@ PLOT_STEPS = 50  # sampling steps, of latents and of images, for the pictures ma
 
 
 class LatentBatch(NamedTuple):
-    """What a step of stage 2 trains on."""
+    """What a part of a step of stage 2 trains on."""
 
     z: torch.Tensor  # standardised latents, float32 [B, Z]
-    index: torch.Tensor  # global sample indices, int64 [B]
+    part: slice  # which of the step's train.batch_size samples they are
 
 
 def latent_batches(latents, cfg, start_step):
     """Endless batches of latents [N, Z] on their device, one for each of this process's `training_positions`."""
-    for positions in training_positions(cfg.train.batch_size, start_step, cfg.train.accumulation_steps):
+    device = latents.device
+    batch_size = cfg.train.batch_size
+    for positions in training_positions(batch_size, start_step, cfg.train.accumulation_steps):
         items = [training_item(len(latents), cfg.run.seed, position, augment=False)[0] for position in positions]
-        yield LatentBatch(latents[items], torch.tensor(positions))
+        first = positions.start % batch_size
+        yield LatentBatch(latents[torch.tensor(items).to(device, non_blocking=True)], slice(first, first + len(items)))
 
 
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     """Mean loss of a batch of latents at random time steps, with the means of its terms."""
-    stream = functools.partial(rng.sample_generators, batch.z.device, batch.index, cfg.run.seed)
-    t, weights = timesteps.sample(stream("t"))
-    noise = rng.randn(batch.z.shape, stream("noise"), batch.z.device)
+    device = batch.z.device
+
+    def draw(make, purpose, *shape):
+        """For all parts of the step at once: generators of all samples would take longer than the network."""
+        one = rng.generator(device, cfg.run.seed, purpose, step)
+        return make((cfg.train.batch_size, *shape), one, device)[batch.part]
+
+    t, weights = timesteps.sample(draw(rng.rand, "t"))
+    noise = draw(rng.randn, "noise", batch.z.shape[1])
     terms = diffusion.training_losses(modules["latent_model"], batch.z, t, None, noise)
     timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}

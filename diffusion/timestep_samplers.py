@@ -4,7 +4,6 @@ import torch
 
 from utils import distributed
 from utils.errors import UserError
-from utils.rng import rand
 
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
@@ -19,15 +18,10 @@ class UniformSampler:
         """Probability of every step, float64 [steps]."""
         return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
-    def sample(self, generators):
-        """Steps t int64 [B] and weights 1 / (steps · probability of t) float32 [B], on the generators' device.
-
-        generators   one torch.Generator per sample; a step is a function of its generator and of the sampler's state
-        """
-        device = generators[0].device
-        probabilities = self.probabilities(device)
-        uniform = rand((len(generators),), generators, device).double()
-        t = torch.searchsorted(probabilities.cumsum(dim=0), uniform, right=True).clamp(max=self.steps - 1)
+    def sample(self, uniform):
+        """Steps t int64 [B] and weights 1 / (steps · probability of t) float32 [B], of uniform draws [B] in [0, 1)."""
+        probabilities = self.probabilities(uniform.device)
+        t = torch.searchsorted(probabilities.cumsum(dim=0), uniform.double(), right=True).clamp(max=self.steps - 1)
         return t, (1 / (self.steps * probabilities[t])).float()
 
     def record(self, t, losses):

@@ -129,12 +129,14 @@ def test_a_run_of_two_processes_goes_on_in_one_to_where_one_would_have_been(runs
     assert all(name.startswith(("encoder.", "decoder.")) for name in names)
 
 
-def test_accumulated_steps_equal_whole_ones_without_dropout(runs):
-    folder, single, _ = runs
-    for experiment, parts in (("whole", 1), ("parts", 4)):
-        succeed(run_script(STAGE_1, *single, "--config.model.uno_dropout=0.0", f"--config.run.experiment={experiment}",
+@pytest.mark.parametrize(("stage", "filename"), [(STAGE_1, "checkpoint.pt"), (STAGE_2, "latent_checkpoint.pt")])
+def test_accumulated_steps_equal_whole_ones_without_dropout(runs, stage, filename):
+    folder, single, both = runs
+    command = {STAGE_1: [*single, "--config.model.uno_dropout=0.0"], STAGE_2: [*both, "--config.model.dropout=0.0"]}
+    for name, parts in (("whole", 1), ("parts", 4)):
+        succeed(run_script(stage, *command[stage], f"--config.run.experiment={stage}_{name}",
                            f"--config.train.accumulation_steps={parts}"))
-    check_close(folder / "whole", folder / "parts")
+    check_close(folder / f"{stage}_whole", folder / f"{stage}_parts", filename)
 
 
 def test_stage_2_and_its_latents_in_two_processes_that_accumulate_and_then_in_one(runs):
