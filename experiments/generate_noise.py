@@ -36,6 +36,7 @@ def main():
     for indices, progress in folder.missing_batches(64):
         folder.save(indices, noise[indices])
         progress(1)
+    print(f"{folder.total} images in {folder.path}")
 
 
 def match_moments(noise, images):

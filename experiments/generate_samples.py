@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from experiments.sampling import define_sampling_flags, make_samples
-from utils import cli, config, trained_config
+from utils import cli, config, distributed, trained_config
 
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or that of a "
                                    "model without an encoder")
@@ -33,7 +33,9 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: sa
 def main():
     latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
     autoencoder = autoencoder or trained_config.read_trained_autoencoder_config(DECODER_CONFIG)
-    make_samples(latent, autoencoder, OPTIONS, NUM_SAMPLES.value, OUTPUT.value, WINDOW.value)
+    folder = make_samples(latent, autoencoder, OPTIONS, NUM_SAMPLES.value, OUTPUT.value, WINDOW.value)
+    if distributed.is_main():
+        print(f"{folder.total} images in {folder.path}")
 
 
 if __name__ == "__main__":

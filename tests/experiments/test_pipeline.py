@@ -119,7 +119,9 @@ def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_pat
 def sample(both, output, *more):
     result = run_script(SAMPLES, *both, "--sampling_steps=3", "--output", output, *more)
     assert result.code == 0, result.err
-    return {path.name: read_image(path) for path in sorted(output.glob("*.png"))}
+    images = {path.name: read_image(path) for path in sorted(output.glob("*.png"))}
+    assert f"{len(images)} images in {output}\n" in result.out
+    return images
 
 
 def test_image_i_does_not_depend_on_the_batch_or_on_interruptions(trained, tmp_path):
