@@ -34,7 +34,7 @@ def get_config():
     config.diffusion.noise_schedule = "linear"  # blurred noise hides so little that with cosine few steps need z
     config.diffusion.model_mean_type = "xstart"  # weighs high noise most, where z is learnt
     config.mc_integral.type = "stratified"
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 200
     config.optimizer.decay = "cosine"
     return config

@@ -23,4 +23,6 @@ def get_config():
     config.diffusion.model_mean_type = "mollified_epsilon"
     config.diffusion.precondition = True
     config.diffusion.balance_loss = True
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
     return config
