@@ -71,15 +71,15 @@ def _recompute_if_asked(config, network):
     """train.checkpoint_activations: of sparse blocks and stages of the grid, which hold nearly all of the memory."""
     if config.train.checkpoint_activations:
         recompute_activations(network, (SparseBlock, Stage))
+        if config.train.compile and hasattr(functorch, "graphsafe_rng_functionalization"):
+            # It would seed dropout once in a process, and not at every step: a run that goes on would drop others.
+            functorch.graphsafe_rng_functionalization = False
 
 
 def _compile_if_asked(config, network):
     """train.compile: in place, so that names of parameters stay as they are; of the autoencoder only the grid, whose
     shapes never change."""
     if config.train.compile:
-        if config.train.checkpoint_activations and hasattr(functorch, "graphsafe_rng_functionalization"):
-            # It would seed dropout once in a process, and not at every step: a run that goes on would drop others.
-            functorch.graphsafe_rng_functionalization = False
         network.compile()
 
 

@@ -114,3 +114,16 @@ def test_channels_and_length_of_z_follow_the_config(channels):
 def test_the_decoder_starts_at_zero():
     values, t, z, coords = draw()
     assert not build_decoder(tiny_config())(values, t, z, coords).any()
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_activations):
+    config, latent = tiny_config(), tiny_latent_config()
+    config.train.checkpoint_activations = checkpoint_activations
+    made = [(build_decoder, config, "grid_unet"), (build_encoder, config, "grid_down"), (build_latent_model, latent, "")]
+    names = [list(build(one).state_dict()) for build, one, _ in made]
+    config.train.compile = latent.train.compile = True
+    for (build, one, part), before in zip(made, names, strict=True):
+        network = build(one)
+        assert network.get_submodule(part)._compiled_call_impl is not None
+        assert list(network.state_dict()) == before
