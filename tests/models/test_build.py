@@ -120,7 +120,8 @@ def test_the_decoder_starts_at_zero():
 def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_activations):
     config, latent = tiny_config(), tiny_latent_config()
     config.train.checkpoint_activations = checkpoint_activations
-    made = [(build_decoder, config, "grid_unet"), (build_encoder, config, "grid_down"), (build_latent_model, latent, "")]
+    made = [(build_decoder, config, "grid_unet"), (build_encoder, config, "grid_down"),
+            (build_latent_model, latent, "")]
     names = [list(build(one).state_dict()) for build, one, _ in made]
     config.train.compile = latent.train.compile = True
     for (build, one, part), before in zip(made, names, strict=True):
