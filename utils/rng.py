@@ -1,6 +1,6 @@
-"""Randomness as a pure function of what it is for: (seed, purpose, step, global sample index).
+"""Randomness as a pure function of what it is for: (seed, purpose, global sample index), or (seed, purpose, step).
 
-A sample draws the same numbers whatever its batch, its process, or where the run was interrupted.
+A sample draws the same numbers whatever its process, how a step is divided, or where the run was interrupted.
 """
 
 import hashlib

@@ -95,6 +95,24 @@ def test_latents_cover_the_mirror_images_and_are_standardised(trained):
     torch.testing.assert_close(facts["std"], latents.std(0).clamp_min(1e-6))
 
 
+def test_a_step_of_stage_2_draws_steps_and_normal_noise_for_its_own_samples(trained, monkeypatch):
+    real, seen = gaussian_diffusion.GaussianDiffusion.training_losses, []
+
+    def noted(diffusion, model, x0, t, coords, noise):
+        if len(x0) == 16:  # not those of validation
+            seen.append((t, noise))
+        return real(diffusion, model, x0, t, coords, noise)
+
+    monkeypatch.setattr(gaussian_diffusion.GaussianDiffusion, "training_losses", noted)
+    options = ["--config.train.batch_size=64", "--config.train.accumulation_steps=4", "--config.train.max_steps=5"]
+    result = run_script(STAGE_2, *trained[2], *options, "--config.run.experiment=drawn")
+    assert result.code == 0, result.err
+    t, noise = (torch.cat(column) for column in zip(*seen, strict=True))
+    assert t.shape == (320,) and noise.shape == (320, 6)
+    assert len(noise.flatten().unique()) > 1900 and set(t.tolist()) == set(range(20))
+    assert noise.mean().abs() < 0.1 and abs(noise.std() - 1) < 0.1 and abs(noise.pow(4).mean() - 3) < 0.6
+
+
 def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_path):
     folder, single, both = trained
     checkpoints = tmp_path / "checkpoints"

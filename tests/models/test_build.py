@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._functorch.config as functorch
 
 from data.coordinates import Coordinates
 from models.build import build_decoder, build_encoder, build_latent_model
@@ -117,7 +118,11 @@ def test_the_decoder_starts_at_zero():
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_activations):
+def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_activations, monkeypatch):
+    """Where activations are computed again too, dropout stays with the generator that each step seeds."""
+    flag = "graphsafe_rng_functionalization"  # which older versions of PyTorch do not have
+    if hasattr(functorch, flag):
+        monkeypatch.setattr(functorch, flag, True)
     config, latent = tiny_config(), tiny_latent_config()
     config.train.checkpoint_activations = checkpoint_activations
     made = [(build_decoder, config, "grid_unet"), (build_encoder, config, "grid_down"),
@@ -128,3 +133,4 @@ def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_a
         network = build(one)
         assert network.get_submodule(part)._compiled_call_impl is not None
         assert list(network.state_dict()) == before
+    assert getattr(functorch, flag, not checkpoint_activations) != checkpoint_activations

@@ -106,6 +106,7 @@ def test_the_fourier_layer_multiplies_the_lowest_modes(resolution):
     layer = SpectralConv(3, 2, resolution).double()
     x = torch.randn(2, resolution, resolution, 3, dtype=torch.float64)
     rows, columns = layer.weight.shape[:2]
+    assert list(layer.state_dict()) == ["weight", "bias"]
     assert (rows, columns) == (min(8, resolution), min(4, resolution // 2 + 1))
 
     spectrum = torch.fft.fft2(x, dim=(1, 2))

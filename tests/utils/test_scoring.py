@@ -95,7 +95,8 @@ def test_precision_and_recall_are_those_of_the_features(run, folders, network):
 def test_the_record_says_what_was_compared(run, tmp_path):
     found = run(crops=25, crop_size=10)
     assert found["count_a"] == found["count_b"] == 25 and (found["crops"], found["crop_size"]) == (25, 10)
-    assert found["feature_model"] == "tiny" and "40 training images of 24x24" in found["real_images"][0]
+    assert (found["feature_model"], found["device"]) == ("tiny", "cpu")
+    assert "40 training images of 24x24" in found["real_images"][0]
     whole = run()
     assert whole["count_a"] == 40 and whole["crops"] is whole["crop_size"] is None
     assert len(list(tmp_path.iterdir())) == 2  # statistics of crops are not taken for those of images
