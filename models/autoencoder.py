@@ -1,6 +1,6 @@
 """The diffusion autoencoder: the decoder denoises at coordinates, the encoder turns an image into a vector."""
 
-import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import recompute
@@ -36,6 +36,15 @@ class PointsToGrid(nn.Module):
         return knn_to_grid(self.linear_out(x), coords, self.resolution, self.neighbours), skips
 
 
+class Merge(nn.Linear):
+    """Linear of two sets of features side by side, without copying them: the copy would be kept for the gradients."""
+
+    def forward(self, x, skip):
+        """x [..., C], skip [..., D], C + D the features of the input -> the same as Linear(cat([x, skip]))."""
+        from_x, from_skip = self.weight.split([x.shape[-1], skip.shape[-1]], dim=1)
+        return F.linear(x, from_x, self.bias) + F.linear(skip, from_skip)
+
+
 class SparseUNet(nn.Module):
     """Decoder: the diffusion model f(x_t, t, z), at any set of coordinates of an image of any size.
 
@@ -58,7 +67,7 @@ class SparseUNet(nn.Module):
         )
         self.grid_unet = grid_unet
         self.linear_back = nn.Linear(grid_unet.spec.base_channels, width)
-        self.merges = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_blocks))
+        self.merges = nn.ModuleList(Merge(2 * width, width) for _ in range(num_blocks))
         self.blocks = nn.ModuleList(make_block() for _ in range(num_blocks))
         self.linear_out = nn.Linear(width, out_channels)
         nn.init.zeros_(self.linear_out.weight)
@@ -72,7 +81,7 @@ class SparseUNet(nn.Module):
         grid, skips = self.points_to_grid(values, coords, modulation)
         x = self.linear_back(grid_to_points(self.grid_unet(grid, modulation), coords))
         for merge, block in zip(self.merges, self.blocks, strict=True):
-            x = recompute.run(block, merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation)
+            x = recompute.run(block, merge(x, skips.pop()), coords, modulation)
         return self.linear_out(x).to(values.dtype)
 
 

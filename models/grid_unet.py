@@ -12,6 +12,7 @@ from torch import nn
 from models import recompute
 from models.attention import Attention
 from models.conditioning import FiLM
+from models.feed_forward import FeedForward
 from models.layers import Conv, ConvTranspose
 from models.normalisation import normalise
 from models.spectral import SpectralConv
@@ -96,7 +97,7 @@ class GridUNet(nn.Module):
             ))
             up = ConvTranspose(below, width, 4, stride=2, padding=1) if level else Conv(below, width, 3, padding=1)
             self.ups.append(up)
-        self.head = nn.Sequential(nn.Linear(widths[0], HEAD), nn.GELU(), nn.Linear(HEAD, widths[0]))
+        self.head = FeedForward(widths[0], HEAD)
 
     def forward(self, grid, modulation=None):
         """grid [B, base, G, G], modulation from models.conditioning -> like grid, in channels_last memory."""

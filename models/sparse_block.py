@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.conditioning import FiLM
+from models.feed_forward import FeedForward
 from models.normalisation import normalise
 from models.sparse_conv import sparse_conv
 
@@ -28,7 +29,7 @@ class SparseBlock(nn.Module):
         self.kernel = nn.Parameter(torch.empty(kernel_size, kernel_size, width, *([] if depthwise else [width])))
         self.norm_mlp = nn.LayerNorm(width)
         self.film_mlp = FiLM(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = FeedForward(width, 2 * width)
 
         # Small, because on a subset K is a noisy estimate of its integral.
         bound = (width * kernel_size**2) ** -0.5

@@ -165,7 +165,7 @@ def _linear(layer, features):
 
 
 def _merged(merge, features, skip):
-    return lambda window: merge(torch.cat([features(window), skip(window)], dim=-1))
+    return lambda window: merge(features(window), skip(window))
 
 
 def _halo(blocks, image_size):

@@ -1,7 +1,14 @@
 """What the compiled loops share. This folder is imported by models/compiled.py alone, and only where numba is."""
 
+import numpy as np
 from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
+
+BLOCK = 4096  # numbers that one thread takes at a time; the order of sums depends on it, never on the number of threads
+REDUCE = {"contract", "reassoc", "nsz"}  # sums in any order; NaN and infinity stay what they are
+VECTOR = {"fastmath": REDUCE, "error_model": "numpy"}  # the error model of Python tests every division for zero
+
+u16, u32 = np.uint16, np.uint32
 
 
 def compiled(**options):
@@ -35,3 +42,34 @@ def _pointer(context, address, kind):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(kind)(address, kind), code
+
+
+def convert(source, target):
+    """target = source, either in float32 or bfloat16, to which it is rounded to the nearest, ties to even."""
+
+
+@overload(convert)
+def _convert(source, target):
+    """The code for the types of the arrays."""
+    if source.dtype == types.uint16:
+
+        def code(source, target):
+            bits = target.view(np.uint32)
+            for i in range(source.size):
+                bits[i] = u32(source[i]) << u32(16)
+
+    elif target.dtype == types.uint16:
+
+        def code(source, target):
+            bits = source.view(np.uint32)
+            for i in range(source.size):
+                rounded = (bits[i] + u32(0x7FFF) + ((bits[i] >> u32(16)) & u32(1))) >> u32(16)
+                target[i] = u16(rounded) if source[i] == source[i] else u16(0x7FC0)
+
+    else:
+
+        def code(source, target):
+            for i in range(source.size):
+                target[i] = source[i]
+
+    return code

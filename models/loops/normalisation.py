@@ -11,74 +11,12 @@ not.
 """
 
 import numpy as np
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 
-from models.loops.common import array, compiled
+from models.loops.common import BLOCK, VECTOR, array, compiled, convert
+from models.loops.gelu import normal
 
-BLOCK = 4096  # numbers that one thread takes at a time; the order of sums depends on it, never on the number of threads
-REDUCE = {"contract", "reassoc", "nsz"}  # sums in any order; NaN and infinity stay what they are
-VECTOR = {"fastmath": REDUCE, "error_model": "numpy"}  # the error model of Python tests every division for zero
-
-f32, u16, u32, i32 = np.float32, np.uint16, np.uint32, np.int32
-LOG2_E = f32(1.4426950408889634)
-LN_2_HIGH, LN_2_LOW = f32(0.693359375), f32(-2.12194440e-4)  # ln 2 in two parts, the first of few digits
-SMALLEST = f32(-80)  # exp of it, 2e-35, is far from the subnormal numbers
-# Taylor series of exp, exact to a rounding for |x| <= ln(2) / 2
-E6, E5, E4, E3, E2 = f32(1 / 720), f32(1 / 120), f32(1 / 24), f32(1 / 6), f32(1 / 2)
-# Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.17, whose error is below 7.5e-8
-DENSITY_AT_0 = f32(0.3989422804014327)
-P, B1, B2, B3, B4, B5 = map(f32, (0.2316419, 0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429))
-
-
-def convert(source, target):
-    """target = source, either in float32 or bfloat16, to which it is rounded to the nearest, ties to even."""
-
-
-@overload(convert, inline="always")
-def _convert(source, target):
-    """The code for the types of the arrays."""
-    if source.dtype == types.uint16:
-
-        def code(source, target):
-            bits = target.view(np.uint32)
-            for i in range(source.size):
-                bits[i] = u32(source[i]) << u32(16)
-
-    elif target.dtype == types.uint16:
-
-        def code(source, target):
-            bits = source.view(np.uint32)
-            for i in range(source.size):
-                rounded = (bits[i] + u32(0x7FFF) + ((bits[i] >> u32(16)) & u32(1))) >> u32(16)
-                target[i] = u16(rounded) if source[i] == source[i] else u16(0x7FC0)
-
-    else:
-
-        def code(source, target):
-            for i in range(source.size):
-                target[i] = source[i]
-
-    return code
-
-
-@njit(inline="always", error_model="numpy")
-def exp_of_negative(x):
-    """exp(x) of x <= 0, within 3e-7 of itself; 2e-35 below -80."""
-    x = max(x, SMALLEST)
-    n = np.floor(x * LOG2_E + f32(0.5))
-    x = (x - n * LN_2_HIGH) - n * LN_2_LOW
-    series = (((((E6 * x + E5) * x + E4) * x + E3) * x + E2) * x + f32(1)) * x + f32(1)
-    return series * i32((i32(n) + i32(127)) << i32(23)).view(np.float32)  # 2^n: n in the bits of the exponent
-
-
-@njit(inline="always", error_model="numpy")
-def normal(h):
-    """(density, distribution function) of the normal distribution at h."""
-    density = DENSITY_AT_0 * exp_of_negative(f32(-0.5) * h * h)
-    t = f32(1) / (f32(1) + P * abs(h))
-    tail = density * t * (B1 + t * (B2 + t * (B3 + t * (B4 + t * B5))))
-    return density, (tail if h < f32(0) else f32(1) - tail)
+f32, u32 = np.float32, np.uint32
 
 
 @njit(inline="always")

@@ -25,7 +25,8 @@ class ReferenceDecoder(nn.Module):
         grid = grid_unet(fast.grid_unet, grid, modulation)
         x = fast.linear_back(grid_to_points(grid, coords))
         for merge, block in zip(fast.merges, fast.blocks, strict=True):
-            x = sparse_block(block, merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation)
+            x = F.linear(torch.cat([x, skips.pop()], dim=-1), merge.weight, merge.bias)
+            x = sparse_block(block, x, coords, modulation)
         return fast.linear_out(x)
 
 
@@ -53,7 +54,8 @@ def points_to_grid(module, values, coords, modulation=None):
 def sparse_block(block, x, coords, modulation=None):
     kernel = resize_kernel(block.kernel, coords.size, block.train_size)
     x = x + sparse_conv(film(block.film_conv, block.norm_conv(x), modulation), kernel, coords)
-    return x + block.mlp(film(block.film_mlp, block.norm_mlp(x), modulation))
+    hidden, _, out = block.mlp
+    return x + out(F.gelu(hidden(film(block.film_mlp, block.norm_mlp(x), modulation))))
 
 
 def sparse_conv(features, weight, coords):
