@@ -39,8 +39,10 @@ def nearest_pixels(coords, grid_size, k):
     table = coords.table[:1] if coords.is_raster else coords.table  # full images have one geometry
     offsets = _offsets(coords.size, grid_size, coords.num_points, k, coords.device)
     search = _choose_search(coords.device)
-    place, squared_distance = search(table.unflatten(1, coords.size), offsets, grid_size, k)
-    return place.expand(coords.batch, -1, -1), squared_distance.expand(coords.batch, -1, -1)
+    place, squared_distance = search(table.view(len(table), *coords.size), offsets, grid_size, k)
+    if coords.is_raster:
+        return place.expand(coords.batch, -1, -1), squared_distance.expand(coords.batch, -1, -1)
+    return place, squared_distance
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,16 @@ def _choose_search(device):
 
 
 def _search_compiled(table, offsets, grid_size, k):
-    table, (batch, height, width) = table.contiguous(), table.shape
-    place = table.new_empty(batch, grid_size**2, k, dtype=torch.int64)
-    squared_distance = table.new_empty(batch, grid_size**2, k, dtype=torch.float32)
+    batch, height, width = table.shape
+    place = torch.empty(batch, grid_size**2, k, dtype=torch.int64, device="cpu")
+    squared_distance = torch.empty(batch, grid_size**2, k, dtype=torch.float32, device="cpu")
     tensors = [
-        (torch.int32, table),
+        (torch.int32, table.contiguous()),
         (torch.int64, offsets.start, offsets.phase, offsets.order, place),
         (torch.float32, offsets.distance, squared_distance),
     ]
-    sizes = batch, height, width, grid_size, k, *offsets.order.shape
-    compiled.run_at("nearest.nearest", tensors, *sizes, offsets.reach, offsets.unit)
+    sizes = batch, height, width, grid_size, k, *offsets.order.shape, *offsets.reach
+    compiled.run_at("nearest.nearest", tensors, *sizes, offsets.unit)
     return place, squared_distance
 
 

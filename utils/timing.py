@@ -1,10 +1,13 @@
 """Measuring: interleaved medians, peak memory, what the machine can do at most."""
 
+import math
 import platform
 import statistics
 import time
 
 import torch
+
+SHORTEST = 2e-3  # seconds of a turn
 
 
 def synchronise(device):
@@ -15,17 +18,27 @@ def synchronise(device):
 
 def interleaved(arms, repeats, device):
     """Median seconds of each of {name: function}. After a warm-up they take turns, so that a change in the load of a
-    shared machine hits all of them alike."""
+    shared machine hits all of them alike. A function that takes less than SHORTEST is called several times in a turn:
+    alone it would mostly wait for the memory that the one before it has pushed out of the caches."""
     times = {name: [] for name in arms}
-    for turn in range(repeats + 1):
+    calls = {}
+    for name, function in arms.items():
+        _seconds(function, 1, device)
+        calls[name] = math.ceil(SHORTEST / _seconds(function, 1, device))
+    for _ in range(repeats):
         for name, function in arms.items():
-            synchronise(device)
-            started = time.perf_counter()
-            function()
-            synchronise(device)
-            if turn:
-                times[name].append(time.perf_counter() - started)
+            times[name].append(_seconds(function, calls[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(function, calls, device):
+    """What a call of the function takes, on the mean of some."""
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronise(device)
+    return (time.perf_counter() - started) / calls
 
 
 def peak_memory(function, device):

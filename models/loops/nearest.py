@@ -52,39 +52,42 @@ def search_rows(table, grid_size, i, j, unit, place, squared_distance):
 @compiled()  # exact comparison of distances: no fastmath
 def nearest(
     table, start, phase, order, place, distance, squared_distance, batch, height, width, grid_size, k, lists, count,
-    reach, unit,
+    reach_rows, reach_columns, unit,
 ):
     """The k nearest present pixels of every node of a grid; see models/nearest.py. Tensors come as their addresses.
 
     table               int32 [batch, height, width], Coordinates.table
-    start, phase        int64 [2, grid_size] of _Offsets, as reach and unit are
+    start, phase        int64 [2, grid_size] of _Offsets, as its reach and unit are
     order, distance     int64 and float32 [lists, count] of _Offsets
     place               int64 [batch, grid_size², k], written
     squared_distance    float32 [batch, grid_size², k], written
     """
     table = array(table, (batch, height, width), np.int32(0))
     start, phase = array(start, (2, grid_size), np.int64(0)), array(phase, (2, grid_size), np.int64(0))
-    order, distance = array(order, (lists, count), np.int64(0)), array(distance, (lists, count), np.float32(0))
-    place = array(place, (batch, grid_size * grid_size, k), np.int64(0))
-    squared_distance = array(squared_distance, (batch, grid_size * grid_size, k), np.float32(0))
-    padded = np.full((batch, height + 2 * reach[0], width + 2 * reach[1]), -1, np.int32)
+    order, distance = array(order, lists * count, np.int64(0)), array(distance, lists * count, np.float32(0))
+    size = batch * grid_size * grid_size * k
+    place, squared_distance = array(place, size, np.int64(0)), array(squared_distance, size, np.float32(0))
+    padded = np.full((batch, height + 2 * reach_rows, width + 2 * reach_columns), -1, np.int32)
     for image in prange(batch):
         for row in range(height):
-            padded[image, row + reach[0], reach[1] : reach[1] + width] = table[image, row]
-    padded = padded.reshape(batch, -1)
+            padded[image, row + reach_rows, reach_columns : reach_columns + width] = table[image, row]
+    stride = padded[0].size
+    padded = padded.reshape(-1)
 
     for line in prange(batch * grid_size):
         image, i = divmod(np.int64(line), grid_size)  # prange counts in unsigned: differences would become floats
         for j in range(grid_size):
-            node = i * grid_size + j
-            which = phase[0, i] + phase[1, j]
+            first = image * stride + start[0, i] + start[1, j]
+            entry = (phase[0, i] + phase[1, j]) * count
+            slot = (np.int64(line) * grid_size + j) * k
             found = 0
-            for n in range(count):
-                present = padded[image, start[0, i] + start[1, j] + order[which, n]]
-                place[image, node, found] = present  # even if absent, for a branch would be hard to predict
-                squared_distance[image, node, found] = distance[which, n]
+            for n in range(entry, entry + count):
+                present = padded[np.uint64(first + order[np.uint64(n)])]  # unsigned: no index counts from the end
+                place[np.uint64(slot + found)] = present  # even if absent, for a branch would be hard to predict
+                squared_distance[np.uint64(slot + found)] = distance[np.uint64(n)]
                 found += present >= 0
                 if found == k:
                     break
             if found < k:
-                search_rows(table[image], grid_size, i, j, unit, place[image, node], squared_distance[image, node])
+                node = slice(slot, slot + k)
+                search_rows(table[image], grid_size, i, j, unit, place[node], squared_distance[node])
