@@ -75,7 +75,7 @@ def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
     return {"validation_loss": losses.mean().item(), **figures}
 
 
-def pictures(modules, dataset, diffusion, cfg, device):
+def pictures(modules, dataset, diffusion, cfg, device, tick=None):
     """Held-out images above their reconstructions, and samples from latents drawn near those of the held-out images."""
     images, index = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
     z = encode(modules["encoder"], images)
@@ -83,7 +83,7 @@ def pictures(modules, dataset, diffusion, cfg, device):
 
     def show(z, purpose):
         generators = rng.sample_generators(device, index, cfg.run.seed, purpose)
-        return decode(modules["decoder"], diffusion, z, size, "ddim", generators, channels)
+        return decode(modules["decoder"], diffusion, z, size, "ddim", generators, channels, progress=tick)
 
     pairs = torch.cat([images, show(z, "reconstruction")])
     spread = (z - z.mean(0)).square().mean(0).sqrt()
@@ -111,7 +111,8 @@ def main():
                                               num_workers=cfg.data.num_workers, device=device, augment=train_set.flips,
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
-        plot=lambda ema: pictures(ema, shown, build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)), cfg, device),
+        plot=functools.partial(pictures, dataset=shown, cfg=cfg, device=device,
+                               diffusion=build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps))),
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
     ).train()
     cli.point_to_report()

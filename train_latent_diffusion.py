@@ -75,14 +75,14 @@ def validation_loss(modules, heldout, diffusion):
     return {"validation_loss": terms["loss"].mean().item()}
 
 
-def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device):
+def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device, tick=None):
     """Images decoded from sampled latents."""
     generators = rng.sample_generators(device, range(cfg.train.sample_size), cfg.run.seed, "samples")
     z = sample_latents(modules["latent_model"], build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)),
-                       latents.mean.to(device), latents.std.to(device), generators, "ddim")
+                       latents.mean.to(device), latents.std.to(device), generators, "ddim", tick)
     size = (decoder_cfg.data.img_size, decoder_cfg.data.img_size)
     images = decode(autoencoder["decoder"], build_diffusion(decoder_cfg, min(PLOT_STEPS, decoder_cfg.diffusion.steps)),
-                    z, size, "ddim", generators, decoder_cfg.data.channels)
+                    z, size, "ddim", generators, decoder_cfg.data.channels, progress=tick)
     return {"samples": tile(to_uint8(images), max(1, round(len(images) ** 0.5)))}
 
 
@@ -110,7 +110,7 @@ def main():
         loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
         batches=lambda step: latent_batches(latents.train.to(device), cfg, step),
         validate=lambda ema: validation_loss(ema, latents.heldout.to(device), diffusion),
-        plot=lambda ema: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device),
+        plot=lambda ema, tick: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device, tick),
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
         filename="latent_checkpoint.pt", best="validation_loss")
 

@@ -40,7 +40,7 @@ class Merge(nn.Linear):
     """Linear of two sets of features side by side, without copying them: the copy would be kept for the gradients."""
 
     def forward(self, x, skip):
-        """x [..., C], skip [..., D], C + D the features of the input -> the same as Linear(cat([x, skip]))."""
+        """x [..., C], skip [..., D], C + D the features of the input -> Linear(cat([x, skip])), but for rounding."""
         from_x, from_skip = self.weight.split([x.shape[-1], skip.shape[-1]], dim=1)
         return F.linear(x, from_x, self.bias) + F.linear(skip, from_skip)
 

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()  # a loop uses every core, and one of numba's threading layers is not thread-safe
 _of_this_thread = threading.local()  # .threads: what numba was told here last; it keeps a number for each thread
 _ZERO = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+DTYPES = tuple(_ZERO)  # of features, in loops that take addresses
 
 
 @functools.cache
@@ -60,7 +61,10 @@ def _address(tensor, dtype):
     if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(f"a loop would misread a tensor of {tensor.dtype} on {tensor.device} with strides "
                          f"{tensor.stride()}, instead of a contiguous one of {dtype} on the CPU")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"a loop was given a tensor without numbers, {type(tensor).__name__}")
+    return address
 
 
 def kind(dtype):

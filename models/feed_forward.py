@@ -7,29 +7,34 @@ training step. The backward pass computes it again, a sixth of the layer's work,
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from models import compiled
-from models.normalisation import FUSED
+from models.derivatives import first_order_only
 
 
 class FeedForward(nn.Sequential):
-    """Linear from `width` to `hidden` features, GELU, Linear to `width`, of [..., width]."""
+    """Linear from `width` to `hidden` features, GELU, Linear to `width`, of [..., width].
+
+    On a CPU its layers are not called, so that hooks on them do not run; but where one of them is replaced by another
+    kind of layer, they are.
+    """
 
     def __init__(self, width, hidden):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if self._can_fuse(x, dtype):
+        mixed = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if mixed else x.dtype  # that the layers would compute in
+        if self._can_fuse(x) and dtype in compiled.DTYPES and (mixed or dtype == torch.float32):
             return _Fused.apply(x, self[0].weight, self[0].bias, self[2].weight, self[2].bias, dtype)
         return super().forward(x)
 
-    def _can_fuse(self, x, dtype):
-        """Whether the loops can do what the modules would, who compute in `dtype`."""
-        return (x.device.type == "cpu" and {x.dtype, dtype} <= set(FUSED) and x.numel() > 0
+    def _can_fuse(self, x):
+        """Whether layers and input are those that the loops are made for."""
+        return (x.device.type == "cpu" and x.dtype in compiled.DTYPES and x.numel() > 0
+                and [type(layer) for layer in self] == [nn.Linear, nn.GELU, nn.Linear] and self[1].approximate == "none"
+                and self[0].bias is not None and self[2].bias is not None
                 and all(parameter.dtype == torch.float32 for parameter in self.parameters())
-                and (x.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
                 and not torch.compiler.is_compiling() and compiled.is_available())
 
 
@@ -37,34 +42,30 @@ class _Fused(torch.autograd.Function):
     """FeedForward as a function of x and its parameters."""
 
     @staticmethod
-    def forward(ctx, x, *arguments):
-        *parameters, ctx.dtype = arguments
-        ctx.save_for_backward(x, *parameters)
-        rows, weight_in, bias_in, weight_out, bias_out = _cast(ctx.dtype, x, *parameters)
-        hidden = F.linear(rows, weight_in, bias_in)
-        compiled.run_at("gelu.forward", [(ctx.dtype, hidden)], compiled.kind(ctx.dtype), hidden.numel())
-        return F.linear(hidden, weight_out, bias_out).view(*x.shape[:-1], -1)
+    def forward(ctx, x, weight_in, bias_in, weight_out, bias_out, dtype):
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, weight_in, bias_in, weight_out)
+        hidden = F.linear(_rows(x, dtype), weight_in.to(dtype), bias_in.to(dtype))
+        compiled.run_at("gelu.forward", [(dtype, hidden)], compiled.kind(dtype), hidden.numel())
+        return F.linear(hidden, weight_out.to(dtype), bias_out.to(dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
-        x, *parameters = ctx.saved_tensors
-        rows, weight_in, bias_in, weight_out, _ = _cast(ctx.dtype, x, *parameters)
-        grad = grad.reshape(len(rows), -1)
-        hidden, grad_hidden = F.linear(rows, weight_in, bias_in), grad @ weight_out
-        tensors = [(ctx.dtype, hidden, grad_hidden)]
-        compiled.run_at("gelu.backward", tensors, compiled.kind(ctx.dtype), hidden.numel())
-        needed, gradients = ctx.needs_input_grad, [None] * 6
-        if needed[0]:
-            gradients[0] = (grad_hidden @ weight_in).view(x.shape)
-        for place, inputs, outputs in ((1, rows, grad_hidden), (3, hidden, grad)):
-            if needed[place]:
-                gradients[place] = outputs.T @ inputs
-            if needed[place + 1]:
-                gradients[place + 1] = outputs.sum(0)
+        (x, *parameters), dtype, needed = ctx.saved_tensors, ctx.dtype, ctx.needs_input_grad
+        rows, (weight_in, bias_in, weight_out) = _rows(x, dtype), (parameter.to(dtype) for parameter in parameters)
+        grad, gradients = grad.reshape(len(rows), -1), [None] * 6
+        with torch.autocast("cpu", enabled=False):  # it may be another than that of the forward pass
+            hidden, grad_hidden = F.linear(rows, weight_in, bias_in), grad @ weight_out
+            compiled.run_at("gelu.backward", [(dtype, hidden, grad_hidden)], compiled.kind(dtype), hidden.numel())
+            # now `hidden` is what went into the second Linear, and `grad_hidden` the gradient of what left the first
+            if needed[0]:
+                gradients[0] = (grad_hidden @ weight_in).view(x.shape)
+            for weight, inputs, outputs in ((1, rows, grad_hidden), (3, hidden, grad)):
+                gradients[weight] = outputs.T @ inputs if needed[weight] else None
+                gradients[weight + 1] = outputs.sum(0) if needed[weight + 1] else None
         return tuple(gradients)
 
 
-def _cast(dtype, x, *parameters):
-    """(x as rows, parameters), all of `dtype`."""
-    return x.reshape(-1, x.shape[-1]).to(dtype), *(parameter.to(dtype) for parameter in parameters)
+def _rows(x, dtype):
+    return x.reshape(-1, x.shape[-1]).to(dtype)

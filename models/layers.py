@@ -7,7 +7,8 @@ found in half of the time by a single matrix product.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+
+from models.derivatives import first_order_only
 
 
 class Conv(nn.Conv2d):
@@ -56,7 +57,7 @@ class _Conv3(torch.autograd.Function):
         return F.conv2d(x.permute(0, 3, 1, 2), weight, bias.to(dtype), padding=1).permute(0, 2, 3, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, grad_x, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None

@@ -117,8 +117,8 @@ def _choose_search(device):
 
 def _search_compiled(table, offsets, grid_size, k):
     batch, height, width = table.shape
-    place = torch.empty(batch, grid_size**2, k, dtype=torch.int64, device="cpu")
-    squared_distance = torch.empty(batch, grid_size**2, k, dtype=torch.float32, device="cpu")
+    place = torch.empty(batch, grid_size**2, k, dtype=torch.int64, device=table.device)
+    squared_distance = torch.empty(batch, grid_size**2, k, dtype=torch.float32, device=table.device)
     tensors = [
         (torch.int32, table.contiguous()),
         (torch.int64, offsets.start, offsets.phase, offsets.order, place),

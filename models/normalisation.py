@@ -8,11 +8,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from models import compiled
-
-FUSED = (torch.float32, torch.bfloat16)
+from models.derivatives import first_order_only
 
 
 def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
@@ -37,8 +35,8 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
 
 def _can_fuse(x, norm, scale, shift):
     """Whether the loops know what to do here; they check no shapes, so that PyTorch shall name what does not fit."""
-    return (x.device.type == "cpu" and x.dtype in FUSED and norm.weight.dtype == norm.bias.dtype == torch.float32
-            and x.numel() > 0 and norm.normalized_shape == x.shape[-1:]
+    return (x.device.type == "cpu" and x.dtype in compiled.DTYPES and x.numel() > 0
+            and norm.weight.dtype == norm.bias.dtype == torch.float32 and norm.normalized_shape == x.shape[-1:]
             and (scale is None or scale.shape == shift.shape == (len(x), x.shape[-1])
                  and scale.dtype == shift.dtype == torch.float32)
             and not torch.compiler.is_compiling() and compiled.is_available())
@@ -62,7 +60,7 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         x, *vectors, moments = ctx.saved_tensors
         grad, grad_x, gradients = grad.contiguous(), torch.empty_like(x), [torch.empty_like(v) for v in vectors]

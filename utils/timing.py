@@ -1,6 +1,5 @@
 """Measuring: interleaved medians, peak memory, what the machine can do at most."""
 
-import math
 import platform
 import statistics
 import time
@@ -18,27 +17,25 @@ def synchronise(device):
 
 def interleaved(arms, repeats, device):
     """Median seconds of each of {name: function}. After a warm-up they take turns, so that a change in the load of a
-    shared machine hits all of them alike. A function that takes less than SHORTEST is called several times in a turn:
-    alone it would mostly wait for the memory that the one before it has pushed out of the caches."""
+    shared machine hits all of them alike. In a turn a function is called until SHORTEST has passed, and the mean of the
+    calls counts: for a function of some microseconds this is the time with what it needs in the caches."""
     times = {name: [] for name in arms}
-    calls = {}
-    for name, function in arms.items():
-        _seconds(function, 1, device)
-        calls[name] = math.ceil(SHORTEST / _seconds(function, 1, device))
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         for name, function in arms.items():
-            times[name].append(_seconds(function, calls[name], device))
+            seconds = _mean_seconds(function, device)
+            if turn:
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(function, calls, device):
-    """What a call of the function takes, on the mean of some."""
+def _mean_seconds(function, device):
     synchronise(device)
-    started = time.perf_counter()
-    for _ in range(calls):
+    started, calls, passed = time.perf_counter(), 0, 0.0
+    while passed < SHORTEST:
         function()
-    synchronise(device)
-    return (time.perf_counter() - started) / calls
+        synchronise(device)
+        calls, passed = calls + 1, time.perf_counter() - started
+    return passed / calls
 
 
 def peak_memory(function, device):

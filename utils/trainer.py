@@ -1,5 +1,7 @@
 """The one training loop. It knows steps, optimisers, averages, files and progress, and no model."""
 
+import functools
+import itertools
 import logging
 import time
 
@@ -28,7 +30,8 @@ class Trainer:
     loss        (modules, batch, step) -> {"loss": scalar tensor, a mean over the batch, ...}; other entries are logged
     batches     first step -> iterator of this process's batches, train.accumulation_steps for every step
     validate    modules -> {name: float}; of the EMA and of the weights themselves, logged every validate_steps
-    plot        EMA modules -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps
+    plot        (EMA modules, tick=) -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps. It calls tick,
+                which may raise, after every sampling step
     state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
     after_step  called after every update
     facts       plain data that those who load the checkpoint need (for example latent statistics); may be filled later
@@ -115,7 +118,7 @@ class Trainer:
     def _run(self, log, progress, request):
         train = self.config.train
         if self._evaluation_is_due():  # a run that was killed while it validated has saved the step, but no more
-            self._evaluate(log, progress)
+            self._evaluate(log, progress, request)
         batches = self.batches(self.step)
         started = time.monotonic()
         while self.step < train.max_steps:
@@ -136,7 +139,7 @@ class Trainer:
                 raise Stopped(f"stopped by {stop.name} after step {self.step}, saved in {self.checkpoints.newest}; "
                               "the same command goes on", exit_code(stop))
             if self._evaluation_is_due():
-                self._evaluate(log, progress)
+                self._evaluate(log, progress, request)
 
     def _due(self, interval):
         return self.step % interval == 0 or self.step == self.config.train.max_steps
@@ -188,20 +191,42 @@ class Trainer:
         due = self.step > 0 and (self._due(train.validate_steps) or self._due(train.plot_samples_steps))
         return due and distributed.is_main() and not evaluated(self.folder, self.step)
 
-    def _evaluate(self, log, progress):
+    def _evaluate(self, log, progress, request):
         """Validation and pictures, as they are due. The line about them is the last thing: it tells a run that starts
-        again that they are done."""
+        again that they are done. Pictures can take longer than a scheduler waits, so a request to stop ends them."""
         train, figures = self.config.train, {}
         if self._due(train.validate_steps):
             progress.set_description(f"{self.kind}, validating")
             figures = self._validate(log)
         if self._due(train.plot_samples_steps):
-            progress.set_description(f"{self.kind}, making pictures")
-            for name, image in self._call(self.plot, self.ema.modules).items():
+            try:
+                pictures = self._pictures(progress, request)
+            except _Abandoned:
+                if distributed.world_size() == 1 or self.step == train.max_steps:
+                    self.save()
+                    self.checkpoints.wait()
+                    raise Stopped(f"stopped by {request.signal.name} before the pictures of step {self.step}, saved in "
+                                  f"{self.checkpoints.newest}; the same command makes them and goes on",
+                                  exit_code(request.signal)) from None
+                pictures = {}  # the other processes wait in the next step, after which all of them stop
+            for name, image in pictures.items():
                 log.picture(self.step, name, image)
         progress.set_description(self.kind)
         self.checkpoints.wait()  # the line about a best state must not be there before it is
         log.numbers(self.step, figures)
+
+    def _pictures(self, progress, request):
+        """What plot makes of the EMA weights; _Abandoned at the next sampling step where a signal has come."""
+        steps = itertools.count()
+
+        def tick(share=1):
+            if request.signal:
+                raise _Abandoned
+            done = next(steps)
+            progress.set_description(f"{self.kind}, making pictures, {done} sampling steps", refresh=done % 10 == 0)
+
+        tick()
+        return self._call(functools.partial(self.plot, tick=tick), self.ema.modules)
 
     def _validate(self, log):
         """Figures of the EMA weights, and under raw_<name> of the weights themselves; the best EMA weights are kept."""
@@ -232,3 +257,7 @@ class Trainer:
         if self.config.train.nonfinite == "skip":
             averages["nonfinite"] = self.update.nonfinite
         return averages
+
+
+class _Abandoned(Exception):
+    """Pictures were left unfinished, because the run was asked to stop."""

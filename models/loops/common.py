@@ -1,4 +1,8 @@
-"""What the compiled loops share. This folder is imported by models/compiled.py alone, and only where numba is."""
+"""What the compiled loops share. This folder is imported by models/compiled.py alone, and only where numba is.
+
+Machine code that is kept on disk is compiled anew when the file of the loop itself changes, not when this one does or
+another that the loop takes functions from: delete it then (models/loops/__pycache__, or the folder NUMBA_CACHE_DIR).
+"""
 
 import numpy as np
 from numba import carray, njit, types
@@ -28,8 +32,7 @@ def array(address, shape, kind):
     """The contiguous numbers at an address, as an array of that shape; kind is any number of their type.
 
     Loops that a training step calls hundreds of times take addresses: to make arrays of their tensors in Python, and to
-    look at each of these again, would take longer than many of the loops do. (Machine code that is kept on disk is not
-    renewed when this file changes; delete models/loops/__pycache__ then.)
+    look at each of these again, would take longer than many of the loops do.
     """
     return carray(_pointer(address, kind), shape)
 

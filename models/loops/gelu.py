@@ -18,12 +18,13 @@ P, B1, B2, B3, B4, B5 = map(f32, (0.2316419, 0.319381530, -0.356563782, 1.781477
 
 @njit(inline="always", error_model="numpy")
 def exp_of_negative(x):
-    """exp(x) of x <= 0, within 3e-7 of itself; 2e-35 below -80."""
-    x = max(x, SMALLEST)
+    """exp(x) of x <= 0, within 3e-7 of itself; 0 below -80."""
+    tiny, x = x < SMALLEST, max(x, SMALLEST)
     n = np.floor(x * LOG2_E + f32(0.5))
     x = (x - n * LN_2_HIGH) - n * LN_2_LOW
     series = (((((E6 * x + E5) * x + E4) * x + E3) * x + E2) * x + f32(1)) * x + f32(1)
-    return series * i32((i32(n) + i32(127)) << i32(23)).view(np.float32)  # 2^n: n in the bits of the exponent
+    value = series * i32((i32(n) + i32(127)) << i32(23)).view(np.float32)  # 2^n: n in the bits of the exponent
+    return f32(0) if tiny else value
 
 
 @njit(inline="always", error_model="numpy")

@@ -62,10 +62,16 @@ def test_dtypes_are_those_of_the_modules(dtype, mixed, monkeypatch):
 
 
 @fused
-def test_nothing_but_the_input_is_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_nothing_but_the_input_is_kept(dtype, mixed):
+    if dtype == torch.bfloat16 and not mixed:
+        return
     layer, x, _ = draw((2, 50, 32))
+    x = x.detach().to(dtype).requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         layer(x)
     ours = {parameter.data_ptr() for parameter in layer.parameters()}
     assert {tensor.data_ptr() for tensor in kept} - ours == {x.data_ptr()}
@@ -119,6 +125,51 @@ def test_float64_is_not_rounded():
     torch.testing.assert_close(layer.double()(x.double()), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_layer_of_another_dtype_does_what_its_modules_do(dtype, mixed):
+    layer, x, _ = draw((2, 9, 32))
+    layer, x = layer.to(dtype), x.detach().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        wanted = nn.Sequential.forward(layer, x)
+        assert torch.equal(layer(x), wanted)
+
+
+def test_the_backward_pass_may_run_under_another_autocast():
+    for ahead, back in [(False, True), (True, False)]:
+        layer, x, grad = draw((2, 9, 32))
+        results = []
+        for enabled in (ahead, back):
+            with torch.autocast("cpu", torch.bfloat16, enabled=ahead):
+                out = layer(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                results.append(torch.autograd.grad(out, [x, *layer.parameters()], grad.to(out.dtype)))
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@fused
+def test_second_derivatives_are_refused():
+    """Even of a sum, whose gradient is a constant."""
+    layer, x, _ = draw((2, 9, 32))
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(layer(x).sum() + x.pow(3).sum(), x, create_graph=True)
+
+
+def test_it_can_be_compiled_without_a_break():
+    layer, x, _ = draw((2, 9, 32))
+    compiled_layer = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled_layer(x), layer(x))
+
+
+@pytest.mark.parametrize(("place", "other"), [
+    (0, nn.Linear(32, 40, bias=False)), (1, nn.ReLU()), (1, nn.GELU(approximate="tanh")), (2, nn.Identity()),
+])
+def test_layers_put_in_the_place_of_its_own_are_used(place, other):
+    layer, x, _ = draw((2, 9, 32))
+    layer[place] = other
+    assert torch.equal(layer(x), layer[2](layer[1](layer[0](x))))
+
+
 def test_an_empty_batch_stays_one():
     layer, _, _ = draw((2, 9, 32))
     assert layer(torch.empty(0, 9, 32)).shape == (0, 9, 32)
@@ -135,15 +186,15 @@ def test_parameters_are_those_of_a_sequence():
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gelu_and_its_gradient_of_any_number(dtype):
-    h = torch.cat([torch.linspace(-14, 14, 9001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e4, -3e4, 1e30, -1e30])])
+    h = torch.cat([torch.linspace(-14, 14, 9001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e4, -3e4, 3e38, -3e38])])
     h = h.to(dtype)
     wide = h.double().requires_grad_()
     F.gelu(wide).sum().backward()
     scale = wide.detach().abs().clamp(min=1e-3)
-    tolerance = 3e-7 if dtype == torch.float32 else 2**-8
+    tolerance = 3e-7 if dtype == torch.float32 else 2**-8  # of bfloat16, which rounds a derivative of 1.13 as well
     ours, grad, forward = h.clone(), torch.ones_like(h), h.clone()
     compiled.run_at("gelu.backward", [(dtype, ours, grad)], compiled.kind(dtype), h.numel())
     compiled.run_at("gelu.forward", [(dtype, forward)], compiled.kind(dtype), h.numel())
     for out in (ours, forward):
         assert ((out.double() - F.gelu(wide.detach())).abs() <= tolerance * scale).all()
-    assert ((grad.double() - wide.grad).abs() <= tolerance * scale.clamp(min=1)).all()
+    assert ((grad.double() - wide.grad).abs() <= 4 * tolerance).all()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 import threading
 import time
 
@@ -15,6 +16,7 @@ from utils import checkpoint_folder, rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.logging import RunLog, read_metrics
+from utils.stop import Stopped
 from utils.trainer import Trainer
 from utils.update import learning_rate
 
@@ -32,7 +34,7 @@ class Counter:
         self.count = state["count"]
 
 
-def make_trainer(tmp_path, max_steps, loss=None, best=None, validate=None, experiment="run", **overrides):
+def make_trainer(tmp_path, max_steps, loss=None, best=None, validate=None, plot=None, experiment="run", **overrides):
     config = tiny_config(tmp_path)
     config.run.experiment = experiment
     config.train.max_steps = max_steps
@@ -54,7 +56,7 @@ def make_trainer(tmp_path, max_steps, loss=None, best=None, validate=None, exper
             yield rng.randn((5, 3), rng.generator("cpu", "batch", step))
 
     return Trainer(config, "autoencoder", modules, loss or regression, batches, validate or (lambda ema: {"v": 1.0}),
-                   lambda ema: {}, torch.device("cpu"), state={"counter": counter}, best=best)
+                   plot or (lambda ema, tick: {}), torch.device("cpu"), state={"counter": counter}, best=best)
 
 
 def equal(a, b):
@@ -136,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
-def die(*_):
+def die(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -257,7 +259,7 @@ def test_validation_and_pictures_go_on_while_the_best_state_is_written(tmp_path,
 
     monkeypatch.setattr(checkpoint_folder, "save_checkpoint", slow)
     trainer = make_trainer(tmp_path, 2, best="v", train__plot_samples_steps=2)
-    trainer.plot = lambda modules: done.set() or {}
+    trainer.plot = lambda modules, tick: done.set() or {}
     trainer.train()
     assert waited == [True]
 
@@ -357,3 +359,29 @@ def test_precision_reaches_the_network(tmp_path, amp, precision, expected):
 def test_fp16_on_a_cpu_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="train.precision='fp16' needs a GPU"):
         make_trainer(tmp_path, 1, train__precision="fp16")
+
+
+@pytest.mark.parametrize("max_steps", [2, 4])
+def test_a_signal_ends_the_pictures_and_the_same_command_makes_them(tmp_path, max_steps):
+    """At step 2, which is the last one or is not."""
+    calls = []
+
+    def plot(modules, tick):
+        for call in range(10):
+            calls.append(call)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            tick()
+        return {"samples": torch.zeros(3, 4, 4, dtype=torch.uint8)}
+
+    options = {"plot": plot, "train__plot_samples_steps": 2}
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        make_trainer(tmp_path, max_steps, **options).train()
+    assert stopped.value.code == 75
+    assert len(calls) == 3
+    assert not list(tmp_path.rglob("*.png"))
+    make_trainer(tmp_path, max_steps, **options).train()
+    steps = list(range(2, max_steps + 1, 2))
+    assert {path.name for path in tmp_path.rglob("*.png")} == {f"samples_{step:07}.png" for step in steps}
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "v" in line] == steps
