@@ -6,6 +6,7 @@ Of several processes the first that fails prints its line and torchrun stops the
 """
 
 import logging
+import re
 import shlex
 import sys
 import traceback
@@ -39,16 +40,13 @@ def run(main, shared=False, several=()):
         main()
         distributed.leave()
     except (flags.Error, UserError) as error:
-        _fail(str(error))
+        _fail(_say_what_is_allowed(str(error)))
     except (AttributeError, KeyError) as error:  # ml_collections' word for --config.<field> that there is not
         if "ml_collections" not in _raised_in(error):
             raise
         if "get_config" in str(error):
             _fail("a config file could not be loaded: it has no function get_config()")
-        reason = error
-        while isinstance(reason, BaseException):
-            reason = reason.args[0]
-        _fail(f"unknown config field {reason}")
+        _fail(_unknown_field(error))
     except OSError as error:  # a full disk; or how ml_collections reports a --config file that does not load
         if "ml_collections" in _raised_in(error):
             _fail(f"a config file could not be loaded: {error}")
@@ -94,6 +92,26 @@ def _parse(arguments):
         raise _config_file_error(error) from error  # a TypeError or ValueError, of which ml_collections made a text
     except Exception as error:
         raise _config_file_error(error) from error
+
+
+def _say_what_is_allowed(message):
+    """A message of absl in which the words of Python's int(), float() or of its own boolean flags are made plain."""
+    for words, kind in (("Non-boolean", "True or False"), ("invalid literal for int", "a whole number"),
+                        ("could not convert string to float", "a number")):
+        if message.startswith("flag --") and words in message:
+            return f"{message.removeprefix('flag ').split(': ')[0]} must be {kind}"
+    return message
+
+
+def _unknown_field(error):
+    """What to say where ml_collections does not find the field of --config.<section>.<field>=<value>."""
+    reason = error
+    while isinstance(reason, BaseException):
+        reason = reason.args[0]
+    name, _, hint = (part.strip(" '\"?\n") for part in f"{reason}\n".partition("\n"))
+    given = next((word for word in sys.argv[1:] if f".{name}" in word.split("=")[0]), name)
+    hint = re.search(r'mean "(\w+)"', hint)
+    return f"unknown config field {given}" + (f"; did you mean {hint.group(1)}?" if hint else "")
 
 
 def _config_file_error(error):

@@ -28,11 +28,13 @@ def base(tmp_path, monkeypatch):
 # overrides, and what the one line must say
 MISTAKES = [
     # fields that there are not, types
-    ("data.imgsize=32", "img_size"),
-    ("nothing.here=1", "nothing"),
-    ("data.img_size=abc", "img_size"),
+    ("data.imgsize=32", "unknown config field --config.data.imgsize=32; did you mean img_size?"),
+    ("nothing.here=1", "unknown config field --config.nothing.here=1"),
+    ("data.zzz=1", "unknown config field --config.data.zzz=1"),
+    ("data.img_size=abc", "--config.data.img_size=abc must be a whole number"),
+    ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast must be a number"),
     ("train.batch_size=1.5", "batch_size=1.5"),
-    ("train.load_checkpoint=maybe", "load_checkpoint=maybe"),
+    ("train.load_checkpoint=maybe", "--config.train.load_checkpoint=maybe must be True or False"),
     ("model.uno_mults=abc", "uno_mults=('abc',) must be of type tuple of int"),
     ("mc_integral=3", "mc_integral=3"),
     # ranges
