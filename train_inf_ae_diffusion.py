@@ -75,7 +75,7 @@ def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
     return {"validation_loss": losses.mean().item(), **figures}
 
 
-def pictures(modules, dataset, diffusion, cfg, device, tick=None):
+def pictures(modules, dataset, diffusion, cfg, device, tick):
     """Held-out images above their reconstructions, and samples from latents drawn near those of the held-out images."""
     images, index = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
     z = encode(modules["encoder"], images)

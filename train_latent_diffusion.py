@@ -75,7 +75,7 @@ def validation_loss(modules, heldout, diffusion):
     return {"validation_loss": terms["loss"].mean().item()}
 
 
-def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device, tick=None):
+def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device, tick):
     """Images decoded from sampled latents."""
     generators = rng.sample_generators(device, range(cfg.train.sample_size), cfg.run.seed, "samples")
     z = sample_latents(modules["latent_model"], build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)),

@@ -57,7 +57,7 @@ class Trainer:
         self.dtype = resolve_dtype(train, device)
         self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
         self.update = Update(config, self.modules, device, self.dtype)
-        self.step = 0
+        self.step, self.saved = 0, None  # saved: the step that the newest checkpoint holds, or soon will
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
         if self.checkpoints.exists():
             self._resume()
@@ -88,6 +88,7 @@ class Trainer:
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         self.step = saved["step"]
+        self.saved = self.step if path == self.checkpoints.newest else None  # an older one, as the newest is damaged
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
     def train(self):
@@ -97,7 +98,7 @@ class Trainer:
         utils.update), OSError where a file cannot be written.
         """
         max_steps = self.config.train.max_steps
-        if self.step >= max_steps and not self._evaluation_is_due():
+        if self.step >= max_steps and not distributed.any_rank(self._evaluation_is_due()):
             logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest, self.step)
             return
         if distributed.is_main():
@@ -117,11 +118,18 @@ class Trainer:
 
     def _run(self, log, progress, request):
         train = self.config.train
-        if self._evaluation_is_due():  # a run that was killed while it validated has saved the step, but no more
-            self._evaluate(log, progress, request)
         batches = self.batches(self.step)
         started = time.monotonic()
-        while self.step < train.max_steps:
+        while True:
+            stop = request.agreed()
+            if not stop and self._evaluates():  # before the first step too: the run may have been killed meanwhile
+                if self._evaluation_is_due():
+                    self._evaluate(log, progress, request)
+                stop = request.agreed()
+            if self.step >= train.max_steps and not distributed.any_rank(self._evaluation_is_due()):
+                return
+            if stop:
+                self._stop(stop)
             self.training_step(batches)
             self.checkpoints.check()
             progress.update()
@@ -130,16 +138,17 @@ class Trainer:
                 progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
                 log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2),
                                         "peak_memory_gb": peak_memory_gb(self.device)})
-            stop = request.agreed()
-            if stop or self._due(train.checkpoint_steps):
+            if self._due(train.checkpoint_steps):
                 self.save()
-            if stop:
-                self.checkpoints.wait()
-                distributed.barrier()  # or else torchrun would end the main process while it writes
-                raise Stopped(f"stopped by {stop.name} after step {self.step}, saved in {self.checkpoints.newest}; "
-                              "the same command goes on", exit_code(stop))
-            if self._evaluation_is_due():
-                self._evaluate(log, progress, request)
+
+    def _stop(self, stop):
+        """Save, and raise Stopped for the signal on which all processes agree."""
+        if self.saved != self.step:
+            self.save()
+        self.checkpoints.wait()
+        distributed.barrier()  # or else torchrun would end the main process while it writes
+        raise Stopped(f"stopped by {stop.name} after step {self.step}, saved in {self.checkpoints.newest}; "
+                      "the same command goes on", exit_code(stop))
 
     def _due(self, interval):
         return self.step % interval == 0 or self.step == self.config.train.max_steps
@@ -173,6 +182,7 @@ class Trainer:
     def save(self):
         """Write the checkpoint, unless a step since the last one was bad (FloatingPointError)."""
         self.update.settle()
+        self.saved = self.step
         if distributed.is_main():
             self.checkpoints.save({
                 **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
@@ -184,12 +194,15 @@ class Trainer:
         return {"kind": self.kind, "step": self.step, "config": self.config.to_dict(), "facts": self.facts,
                 "source": self.source}
 
-    def _evaluation_is_due(self):
-        """Whether validation or pictures come at this step, and are not there from a run that stopped later. They are
-        the main process's; the others wait for it in the next step."""
+    def _evaluates(self):
+        """Whether validation or pictures come at this step."""
         train = self.config.train
-        due = self.step > 0 and (self._due(train.validate_steps) or self._due(train.plot_samples_steps))
-        return due and distributed.is_main() and not evaluated(self.folder, self.step)
+        return self.step > 0 and (self._due(train.validate_steps) or self._due(train.plot_samples_steps))
+
+    def _evaluation_is_due(self):
+        """Whether they are this process's to make, and not there from a run that stopped later. They are the main
+        process's; the others wait for it where all agree whether to stop."""
+        return self._evaluates() and distributed.is_main() and not evaluated(self.folder, self.step)
 
     def _evaluate(self, log, progress, request):
         """Validation and pictures, as they are due. The line about them is the last thing: it tells a run that starts
@@ -202,13 +215,7 @@ class Trainer:
             try:
                 pictures = self._pictures(progress, request)
             except _Abandoned:
-                if distributed.world_size() == 1 or self.step == train.max_steps:
-                    self.save()
-                    self.checkpoints.wait()
-                    raise Stopped(f"stopped by {request.signal.name} before the pictures of step {self.step}, saved in "
-                                  f"{self.checkpoints.newest}; the same command makes them and goes on",
-                                  exit_code(request.signal)) from None
-                pictures = {}  # the other processes wait in the next step, after which all of them stop
+                return
             for name, image in pictures.items():
                 log.picture(self.step, name, image)
         progress.set_description(self.kind)

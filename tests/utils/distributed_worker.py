@@ -123,6 +123,39 @@ def is_stopped(*command):
             os.kill(os.getpid(), signal.SIGUSR1)
 
     Trainer.training_step = step
+    run_as_script(command)
+
+
+def is_stopped_before_evaluation(*command):
+    """Run a training script; after its step 2 the last process alone is told to stop, and the main process must not
+    evaluate first."""
+    training_step = Trainer.training_step
+
+    def step(trainer, batches):
+        training_step(trainer, batches)
+        if trainer.step == 2 and not distributed.is_main():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def evaluate(*_):
+        raise AssertionError("evaluated first")
+
+    Trainer.training_step, Trainer._evaluate = step, evaluate
+    run_as_script(command)
+
+
+def is_stopped_in_pictures(*command):
+    """Run a training script; while it makes pictures the main process alone is told to stop."""
+    pictures = Trainer._pictures
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return pictures(*arguments)
+
+    Trainer._pictures = interrupted
+    run_as_script(command)
+
+
+def run_as_script(command):
     sys.argv = list(command)
     runpy.run_path(command[0], run_name="__main__")
 
@@ -153,8 +186,8 @@ def hangs(folder):
 
 if __name__ == "__main__":
     sys.argv, (case, folder, *arguments) = sys.argv[:1], sys.argv[1:]
-    if case == "is_stopped":
-        is_stopped(*arguments)
+    if case.startswith("is_stopped"):
+        globals()[case](*arguments)
     else:
         if case == "hangs":
             distributed.TIMEOUT = datetime.timedelta(seconds=1.5)

@@ -129,6 +129,19 @@ def test_a_run_of_two_processes_goes_on_in_one_to_where_one_would_have_been(runs
     assert all(name.startswith(("encoder.", "decoder.")) for name in names)
 
 
+def test_a_signal_comes_before_an_evaluation_and_ends_pictures_which_the_next_start_makes(runs):
+    folder, single, _ = runs
+    command = [STAGE_1, *single, "--config.run.experiment=pictures", "--config.train.plot_samples_steps=2"]
+    result = torchrun(WORKER, "is_stopped_before_evaluation", folder, *command)
+    assert "stopped by SIGUSR1 after step 2" in result.err and "evaluated first" not in result.err, result.err
+    result = torchrun(WORKER, "is_stopped_in_pictures", folder, *command)
+    assert f"stopped by SIGUSR1 after step 2, saved in {folder}/pictures/checkpoint.pt" in result.err, result.err
+    assert not list(folder.glob("pictures/images/*"))
+    succeed(torchrun(*command, "--config.train.max_steps=2"))  # the pictures are all there is to do, by one of two
+    assert {path.name for path in folder.glob("pictures/images/*")} == {
+        "reconstructions_0000002.png", "samples_0000002.png"}
+
+
 @pytest.mark.parametrize(("stage", "filename"), [(STAGE_1, "checkpoint.pt"), (STAGE_2, "latent_checkpoint.pt")])
 def test_accumulated_steps_equal_whole_ones_without_dropout(runs, stage, filename):
     folder, single, both = runs

@@ -385,3 +385,47 @@ def test_a_signal_ends_the_pictures_and_the_same_command_makes_them(tmp_path, ma
     assert {path.name for path in tmp_path.rglob("*.png")} == {f"samples_{step:07}.png" for step in steps}
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "v" in line] == steps
+
+
+def test_a_signal_in_a_step_comes_before_the_evaluation_of_that_step(tmp_path):
+    validated = []
+
+    def loss(modules, batch, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": modules["net"](batch).square().mean()}
+
+    def validate(modules):
+        validated.append(trainer.step)
+        return {"v": 1.0}
+
+    trainer = make_trainer(tmp_path, 4, loss=loss, validate=validate)
+    with pytest.raises(Stopped, match="after step 2"):
+        trainer.train()
+    assert validated == []
+    trainer = make_trainer(tmp_path, 4, validate=validate)
+    trainer.train()
+    assert validated == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_signal_before_the_first_step_saves_only_what_the_newest_file_does_not_hold(tmp_path, damaged):
+    make_trainer(tmp_path, 4, train__checkpoint_steps=2, train__keep_checkpoints=2).train()
+    path = tmp_path / "run" / "checkpoint.pt"
+    if damaged:
+        path.write_bytes(path.read_bytes()[:300])
+    before = path.stat().st_mtime_ns
+    trainer = make_trainer(tmp_path, 8, train__keep_checkpoints=2)
+    trainer.batches = lambda start: signal.raise_signal(signal.SIGTERM)
+    step = 2 if damaged else 4
+    with pytest.raises(Stopped, match=f"after step {step}, saved in {path}"):
+        trainer.train()
+    assert load_checkpoint(path)["step"] == step
+    assert (path.stat().st_mtime_ns == before) != damaged
+
+
+def test_a_signal_after_all_is_done_changes_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, 2)
+    evaluate = trainer._evaluate
+    trainer._evaluate = lambda *arguments: (evaluate(*arguments), signal.raise_signal(signal.SIGTERM))
+    trainer.train()
