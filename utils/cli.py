@@ -109,9 +109,11 @@ def _unknown_field(error):
     while isinstance(reason, BaseException):
         reason = reason.args[0]
     name, _, hint = (part.strip(" '\"?\n") for part in f"{reason}\n".partition("\n"))
-    given = next((word for word in sys.argv[1:] if f".{name}" in word.split("=")[0]), name)
+    flags_given = {word.split("=")[0]: word for word in sys.argv[1:] if word.startswith("--")}
+    given = [word for flag, word in flags_given.items() if name in flag.split(".")[1:]]
     hint = re.search(r'mean "(\w+)"', hint)
-    return f"unknown config field {given}" + (f"; did you mean {hint.group(1)}?" if hint else "")
+    return (f"unknown config field {given[0] if len(given) == 1 else name}"
+            + (f"; did you mean {hint.group(1)}?" if hint else ""))
 
 
 def _config_file_error(error):

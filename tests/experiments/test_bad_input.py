@@ -30,7 +30,9 @@ MISTAKES = [
     # fields that there are not, types
     ("data.imgsize=32", "unknown config field --config.data.imgsize=32; did you mean img_size?"),
     ("nothing.here=1", "unknown config field --config.nothing.here=1"),
-    ("data.zzz=1", "unknown config field --config.data.zzz=1"),
+    ("data.img_size=32 data.img=1", "unknown config field --config.data.img=1"),
+    ("data.zzz=1 data.zzz=2", "unknown config field --config.data.zzz=2"),
+    ("train.batch_size=2 data.batch_size=2", "unknown config field batch_size"),
     ("data.img_size=abc", "--config.data.img_size=abc must be a whole number"),
     ("optimizer.learning_rate=fast", "--config.optimizer.learning_rate=fast must be a number"),
     ("train.batch_size=1.5", "batch_size=1.5"),
