@@ -3,18 +3,18 @@
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def first_order_only(backward):
     """Decorator of the backward of a torch.autograd.Function that has no second derivatives: to ask for them is an
-    error. PyTorch's once_differentiable, which it extends, would give zeros where the gradient that comes in is a
-    constant, as that of a sum."""
+    error. PyTorch's once_differentiable would give zeros where the gradient that comes in is a constant, as that of
+    a sum."""
 
     @functools.wraps(backward)
     def checked(ctx, *grads):
         if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
-            raise RuntimeError("create_graph=True asks for second derivatives, which this layer does not have on a CPU")
-        return once_differentiable(backward)(ctx, *grads)
+            raise RuntimeError("create_graph=True asks for second derivatives, which this gradient, written by hand, "
+                               "does not have; leave create_graph out")
+        return backward(ctx, *grads)
 
     return checked

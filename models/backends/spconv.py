@@ -7,6 +7,7 @@ back. spconv's `Native` algorithm runs on CPU and GPU. On CPU it has been compar
 
 import torch
 
+from models.derivatives import first_order_only
 from models.sparse_conv import neighbour_counts
 
 
@@ -51,7 +52,7 @@ class _Convolution(torch.autograd.Function):
         return indice_conv(points, kernel, pairs, count, len(points), subm=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         from spconv.pytorch.ops import indice_conv_backward
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from data.coordinates import Coordinates
 from models import compiled
@@ -40,10 +41,13 @@ def test_threads_may_call_at_the_same_time():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_refuses_what_a_loop_would_read_wrongly():
     for tensor in (torch.zeros(4, 3).T, torch.zeros(4, dtype=torch.float64), torch.zeros(4, device="meta")):
         with pytest.raises(ValueError, match="misread"):
             compiled.run_at("nearest.nearest", [(torch.float32, torch.zeros(3), tensor)])
+    with FakeTensorMode(), pytest.raises(ValueError, match="without numbers, FakeTensor"):
+        compiled.run_at("nearest.nearest", [(torch.float32, torch.zeros(3))])
 
 
 def test_every_thread_gets_as_many_threads_as_torch_has():

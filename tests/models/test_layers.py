@@ -52,6 +52,14 @@ def test_the_fast_gradient_is_used_where_it_is_meant(shape, monkeypatch):
     assert len(taken) == (1 if shape in SMALL else 0)
 
 
+def test_second_derivatives_are_refused_where_the_gradient_is_written_by_hand():
+    layer, x = Conv(64, 32, 3, padding=1), torch.randn(2, 8, 8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(x).sum() + x.pow(3).sum()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def test_strides_and_other_kernels_are_those_of_pytorch():
     torch.manual_seed(0)
     x = torch.randn(2, 8, 8, 64)
