@@ -186,7 +186,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # the gradient shall be differentiated again, which needs the operators
             return _backward(ctx, grad)
-        return _backward(ctx, grad, _sum_neighbours, _sum_products)
+        return _backward(ctx, _widen(grad), _sum_neighbours, _sum_products)
 
 
 def _image_backward(ctx, grad):

@@ -1,16 +1,26 @@
-"""The depthwise sparse operator; models/backends/numba.py says how the loops are used."""
+"""The depthwise sparse operator; models/backends/numba.py says how the loops are used.
+
+The loops over pairs of neighbours spend a few instructions on each pair beside those on its channels. They index whole
+arrays, because numba takes rows of them for views that may overlap, which would be looked at again for every pair, and
+with unsigned numbers, because a signed one might count from the end.
+"""
 
 import numpy as np
 from numba import njit, prange
 
 from models.loops.common import compiled
 
-CHUNK = 512  # points that one thread takes at a time; the order of sums depends on it, never on the number of threads
+u64 = np.uint64
+ONE, TWO, THREE, FOUR = u64(1), u64(2), u64(3), u64(4)
+
+# Points that one thread takes at a time. The order of sums depends on it, never on the number of threads.
+CHUNK = u64(512)
 ROWS = 4  # likewise rows of an image
 COLUMNS = 32  # of features and gradients, which then stay in the nearest cache
 # one rounding per multiply-add and any order of four terms, but unlike fastmath=True right with NaN and infinity, which
 # the trainer and the loss scaling of float16 look for
 MULTIPLY_ADD = {"contract", "reassoc"}
+PAIRS = {"fastmath": MULTIPLY_ADD, "error_model": "numpy"}  # the error model of Python tests every division for zero
 
 
 @compiled()
@@ -26,65 +36,70 @@ def neighbours(index, table, kernel_size, start, near, tap):
     for point in prange(batch * points):
         image, place = divmod(np.int64(point), points)
         row, column = divmod(index[image, place], width)
-        pair = start[point]
+        pair, last = start[point], start[point + 1]
         for i in range(max(0, kh // 2 - row), min(kh, kh // 2 + height - row)):
             for j in range(max(0, kw // 2 - column), min(kw, kw // 2 + width - column)):
-                found = table[image, row + i - kh // 2, column + j - kw // 2]
-                if found >= 0:
-                    near[pair] = image * points + found
-                    tap[pair] = i * kw + j
-                    pair += 1
+                if pair == last:  # what follows in the lists belongs to the next point
+                    break
+                found = table[u64(image), u64(row + i - kh // 2), u64(column + j - kw // 2)]
+                near[u64(pair)] = image * points + found  # even if absent, for a branch would be hard to predict
+                tap[u64(pair)] = i * kw + j
+                pair += found >= 0
 
 
-@compiled(fastmath=MULTIPLY_ADD)
+@compiled(**PAIRS)
 def correlate(features, weight, start, near, tap, before, after, out):
     """out[p] = after[p] · sum over the neighbours of p of weight[tap] * before[near] * features[near], by channel.
 
     features [N, C], the points of all images; weight [kh * kw, C]; before and after [N]; out [N, C], written.
     """
-    points, channels = features.shape
-    for chunk in prange((points + CHUNK - 1) // CHUNK):
-        first = np.int64(chunk) * CHUNK
+    points, channels = u64(features.shape[0]), u64(features.shape[1])
+    for chunk in prange((points + CHUNK - ONE) // CHUNK):
+        first = u64(chunk) * CHUNK
         for p in range(first, min(points, first + CHUNK)):
-            total = out[p]
-            total[:] = 0
-            n, last = start[p], start[p + 1]
-            while n + 3 < last:  # four at a time, since reading and writing the total costs as much as a term
-                w0, w1, w2, w3 = weight[tap[n]], weight[tap[n + 1]], weight[tap[n + 2]], weight[tap[n + 3]]
-                p0, p1, p2, p3 = near[n], near[n + 1], near[n + 2], near[n + 3]
-                h0, h1, h2, h3 = features[p0], features[p1], features[p2], features[p3]
-                f0, f1, f2, f3 = before[p0], before[p1], before[p2], before[p3]
-                for c in range(channels):
-                    total[c] += f0 * w0[c] * h0[c] + f1 * w1[c] * h1[c] + f2 * w2[c] * h2[c] + f3 * w3[c] * h3[c]
-                n += 4
-            while n < last:
-                w0, h0, f0 = weight[tap[n]], features[near[n]], before[near[n]]
-                for c in range(channels):
-                    total[c] += f0 * w0[c] * h0[c]
-                n += 1
             for c in range(channels):
-                total[c] *= after[p]
+                out[p, c] = 0
+            n, last = u64(start[p]), u64(start[p + ONE])
+            while n + THREE < last:  # four at a time, since reading and writing the sum costs as much as a term
+                t0, t1, t2, t3 = u64(tap[n]), u64(tap[n + ONE]), u64(tap[n + TWO]), u64(tap[n + THREE])
+                q0, q1, q2, q3 = u64(near[n]), u64(near[n + ONE]), u64(near[n + TWO]), u64(near[n + THREE])
+                f0, f1, f2, f3 = before[q0], before[q1], before[q2], before[q3]
+                for c in range(channels):
+                    out[p, c] += (f0 * weight[t0, c] * features[q0, c] + f1 * weight[t1, c] * features[q1, c]
+                                  + f2 * weight[t2, c] * features[q2, c] + f3 * weight[t3, c] * features[q3, c])
+                n += FOUR
+            while n < last:
+                t0, q0 = u64(tap[n]), u64(near[n])
+                f0 = before[q0]
+                for c in range(channels):
+                    out[p, c] += f0 * weight[t0, c] * features[q0, c]
+                n += ONE
+            for c in range(channels):
+                out[p, c] *= after[p]
 
 
-@compiled(fastmath=MULTIPLY_ADD)
+@compiled(**PAIRS)
 def weight_gradient(features, grad, start, near, tap, before, after, out):
     """out[t] = sum over the pairs (p, near) with tap t of before[near] features[near] * after[p] grad[p], by channel.
 
     features and grad [N, C]; before and after [N]; out [kh * kw, C], written. Each chunk of points has its own sum, and
     these are added in order.
     """
-    points, channels = features.shape
-    chunks = (points + CHUNK - 1) // CHUNK
-    partial = np.empty((chunks, *out.shape), out.dtype)
-    for chunk in prange(chunks):
-        partial[chunk] = 0
-        first = np.int64(chunk) * CHUNK
+    points, channels, taps = u64(features.shape[0]), u64(features.shape[1]), u64(out.shape[0])
+    chunks = (points + CHUNK - ONE) // CHUNK
+    partial = np.empty((chunks, taps, channels), out.dtype)
+    for job in prange(chunks):
+        chunk = u64(job)
+        first = chunk * CHUNK
+        for t in range(taps):
+            for c in range(channels):
+                partial[chunk, t, c] = 0
         for p in range(first, min(points, first + CHUNK)):
-            g = grad[p]
-            for n in range(start[p], start[p + 1]):
-                total, h, f = partial[chunk, tap[n]], features[near[n]], before[near[n]] * after[p]
+            for n in range(u64(start[p]), u64(start[p + ONE])):
+                t, q = u64(tap[n]), u64(near[n])
+                factor = before[q] * after[p]
                 for c in range(channels):
-                    total[c] += f * g[c] * h[c]
+                    partial[chunk, t, c] += factor * grad[p, c] * features[q, c]
     add_up(partial, out)
 
 
