@@ -5,6 +5,7 @@ Pixel i of an axis of length R sits at its centre, (i + 0.5) / R.
 
 import functools
 
+import numpy as np
 import torch
 
 from utils.rng import rand
@@ -151,11 +152,12 @@ def _full(batch, size, device):
 
 def _smallest(score, count):
     """Places of the `count` smallest scores of each row, in ascending order of place."""
-    smallest = score.topk(count, dim=1, largest=False, sorted=False).indices
-    if score.device.type != "cpu":
-        return smallest.sort(dim=1).values
-    taken = torch.zeros(score.shape, dtype=torch.bool).scatter_(1, smallest, True)  # sorting would take longer
-    return taken.nonzero()[:, 1].view(smallest.shape)
+    if score.device.type == "cpu":  # a third of the time of what follows
+        bound = torch.from_numpy(np.partition(score.numpy(), count - 1, axis=1)[:, count - 1, None])
+        smallest = (score <= bound).nonzero()[:, 1]
+        if len(smallest) == count * len(score):  # else several scores are equal to a bound
+            return smallest.view(len(score), count)
+    return score.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
 
 
 @functools.lru_cache(maxsize=8)

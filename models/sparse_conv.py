@@ -101,11 +101,11 @@ def _neighbour_counts(coords, kh, kw):
     if coords.is_raster:
         rows, columns = (_inside(*axis, coords.device) for axis in zip(coords.size, (kh, kw), strict=True))
         return torch.outer(rows, columns).flatten().repeat(coords.batch, 1)
-    present = (coords.table >= 0).float().view(coords.batch, 1, *coords.size)
-    for window in ((kh, 1), (1, kw)):
-        padding = (window[0] // 2, window[1] // 2)
-        present = F.avg_pool2d(present, window, stride=1, padding=padding, divisor_override=1)
-    return coords.gather(present)[:, :, 0]
+    count = (coords.table >= 0).float().view(coords.batch, *coords.size)
+    for axis, k, padding in ((1, kh, (0, 0, kh // 2 + 1, kh // 2)), (2, kw, (kw // 2 + 1, kw // 2))):
+        up_to = F.pad(count, padding).cumsum(axis)  # whole numbers, far below 2^24
+        count = up_to.narrow(axis, k, coords.size[axis - 1]) - up_to.narrow(axis, 0, coords.size[axis - 1])
+    return count.flatten(1).gather(1, coords.index)
 
 
 def _inside(length, k, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.coordinates import KINDS, Coordinates
+from data.coordinates import KINDS, Coordinates, _smallest
 from utils.rng import generator, sample_generators
 
 SIZES = [(8, 8), (7, 5), (1, 9), (16, 3), (13, 24)]
@@ -22,6 +22,15 @@ def test_subsets_are_distinct_sorted_and_in_range(kind, size):
         assert index.dtype == torch.int64 and index.shape == (4, num_points)
         assert (index[:, 1:] > index[:, :-1]).all()
         assert index.min() >= 0 and index.max() < size[0] * size[1]
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 1000])
+def test_the_smallest_scores_are_taken_also_where_some_are_equal(values):
+    score = torch.randint(values, (5, 40), generator=generator("cpu", values)).float()
+    for count in (1, 7, 39, 40):
+        taken = _smallest(score, count)
+        assert taken.shape == (5, count) and (taken[:, 1:] > taken[:, :-1]).all()
+        assert torch.equal(score.gather(1, taken).sort(1).values, score.sort(1).values[:, :count])
 
 
 @pytest.mark.parametrize("kind", KINDS)
