@@ -142,7 +142,8 @@ def image_weight_gradient(image: Tensor, grad: Tensor, weight: Tensor) -> Tensor
     image, grad = _widen(image), _widen(grad)
     if weight.dim() == 3:
         out = image.new_empty(weight.shape)
-        run("sparse_conv.image_weight_gradient", image, grad, (kh, kw), out.flatten(0, 1))
+        rows = image.flatten(0, 2), grad.flatten(0, 2)
+        run("sparse_conv.image_weight_gradient", *rows, (kh, kw), tuple(image.shape[1:3]), out.flatten(0, 1))
     else:
         image, grad = image.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
         shape = (weight.shape[3], weight.shape[2], kh, kw)

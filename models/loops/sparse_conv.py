@@ -1,8 +1,8 @@
 """The depthwise sparse operator; models/backends/numba.py says how the loops are used.
 
-The loops over pairs of neighbours spend a few instructions on each pair beside those on its channels. They index whole
-arrays, because numba takes rows of them for views that may overlap, which would be looked at again for every pair, and
-with unsigned numbers, because a signed one might count from the end.
+The loops over pairs of neighbours must spend little on a pair beside its channels. So they index whole arrays: rows
+taken of them would be tested for overlap, for every pair anew. And indices are unsigned: signed ones would be tested
+for being negative, as those that count from the end are.
 """
 
 import numpy as np
@@ -103,67 +103,77 @@ def weight_gradient(features, grad, start, near, tap, before, after, out):
     add_up(partial, out)
 
 
-@compiled(fastmath=MULTIPLY_ADD)
-def image_weight_gradient(image, grad, kernel_size, out):
-    """As weight_gradient, where every pixel is present: image and grad [B, H, W, C], out [kh * kw, C].
+@compiled(**PAIRS)
+def image_weight_gradient(image, grad, kernel_size, size, out):
+    """As weight_gradient, where every pixel is present: image and grad [B * H * W, C], size (H, W), out [kh * kw, C].
 
-    F.conv2d computes the other two products well, but this one four times slower than the loop.
+    F.conv2d computes the other two products well, but this one in four to six times the time of the loop.
     """
-    batch, height, width, channels = image.shape
-    kh, kw = kernel_size
+    (kh, kw), (height, width) = kernel_size, size
+    channels = u64(image.shape[1])
     chunks = (height + ROWS - 1) // ROWS
-    partial = np.empty((batch * chunks, *out.shape), out.dtype)
-    for job in prange(batch * chunks):
+    jobs = len(image) // (height * width) * chunks
+    partial = np.empty((jobs, kh * kw, channels), out.dtype)
+    for job in prange(jobs):
         b, chunk = divmod(np.int64(job), chunks)
-        partial[job] = 0
+        for t in range(u64(kh * kw)):
+            for c in range(channels):
+                partial[u64(job), t, c] = 0
         for y in range(chunk * ROWS, min(height, (chunk + 1) * ROWS)):
             for left in range(0, width, COLUMNS):
+                right = min(left + COLUMNS, width)
                 for i in range(max(0, kh // 2 - y), min(kh, kh // 2 + height - y)):
-                    h = image[b, y + i - kh // 2]
+                    g, h = (b * height + y) * width, (b * height + y + i - kh // 2) * width  # the first of their rows
                     for j in range(0, kw, 3):
-                        taps = partial[job, i * kw + j : i * kw + min(j + 3, kw)]
-                        add_row(taps, grad[b, y], h, left, min(left + COLUMNS, width), j - kw // 2)
+                        add_row(partial, job, i * kw + j, min(3, kw - j), grad, g, image, h, left, right, width,
+                                j - kw // 2)
     add_up(partial, out)
 
 
 @njit(inline="always")
-def add_row(taps, g, h, left, right, step):
-    """taps[t] += sum over x in [left, right) of g[x] * h[x + step + t], where that is in the row; up to three taps.
+def add_row(partial, job, tap, taps, grad, g, image, h, left, right, width, step):
+    """partial[job, tap + t] += sum over x in [left, right) of grad[g + x] * image[h + x + step + t], where that is in
+    the row, for each t of up to three taps.
 
     Where it is in the row for all three, numbers that are read once serve them all.
     """
-    width, count = len(h), len(taps)
     start = max(left, -step)
-    end = start + (max(0, min(right, width - step - 2) - start) // 4 * 4 if count == 3 else 0)
-    for t in range(count):
-        add_products(taps[t], g, h, max(left, -step - t), min(start, right, width - step - t), step + t)
-        add_products(taps[t], g, h, end, min(right, width - step - t), step + t)
+    end = start + (max(0, min(right, width - step - 2) - start) // 4 * 4 if taps == 3 else 0)
+    for t in range(taps):
+        first, last = max(left, -step - t), min(right, width - step - t)
+        add_products(partial, job, tap + t, grad, g, image, h + step + t, first, min(start, last))
+        add_products(partial, job, tap + t, grad, g, image, h + step + t, end, last)
+    channels = u64(image.shape[1])
+    n, t0, t1, t2 = u64(job), u64(tap), u64(tap + 1), u64(tap + 2)
     for x in range(start, end, 4):
-        g0, g1, g2, g3 = g[x], g[x + 1], g[x + 2], g[x + 3]
-        h0, h1, h2, h3 = h[x + step], h[x + step + 1], h[x + step + 2], h[x + step + 3]
-        h4, h5 = h[x + step + 4], h[x + step + 5]
-        t0, t1, t2 = taps[0], taps[1], taps[2]
-        for c in range(taps.shape[1]):
-            t0[c] += g0[c] * h0[c] + g1[c] * h1[c] + g2[c] * h2[c] + g3[c] * h3[c]
-            t1[c] += g0[c] * h1[c] + g1[c] * h2[c] + g2[c] * h3[c] + g3[c] * h4[c]
-            t2[c] += g0[c] * h2[c] + g1[c] * h3[c] + g2[c] * h4[c] + g3[c] * h5[c]
+        g0, h0 = u64(g + x), u64(h + x + step)
+        g1, g2, g3 = g0 + ONE, g0 + TWO, g0 + THREE
+        h1, h2, h3, h4, h5 = h0 + ONE, h0 + TWO, h0 + THREE, h0 + FOUR, h0 + FOUR + ONE
+        for c in range(channels):
+            partial[n, t0, c] += (grad[g0, c] * image[h0, c] + grad[g1, c] * image[h1, c]
+                                  + grad[g2, c] * image[h2, c] + grad[g3, c] * image[h3, c])
+            partial[n, t1, c] += (grad[g0, c] * image[h1, c] + grad[g1, c] * image[h2, c]
+                                  + grad[g2, c] * image[h3, c] + grad[g3, c] * image[h4, c])
+            partial[n, t2, c] += (grad[g0, c] * image[h2, c] + grad[g1, c] * image[h3, c]
+                                  + grad[g2, c] * image[h4, c] + grad[g3, c] * image[h5, c])
 
 
 @njit(inline="always")
-def add_products(total, g, h, x, last, step):
-    """total += sum of g[x] * h[x + step] up to the last x, four at a time as in correlate."""
-    channels = total.size
-    while x + 3 < last:
-        g0, g1, g2, g3 = g[x], g[x + 1], g[x + 2], g[x + 3]
-        h0, h1, h2, h3 = h[x + step], h[x + step + 1], h[x + step + 2], h[x + step + 3]
-        for c in range(channels):
-            total[c] += g0[c] * h0[c] + g1[c] * h1[c] + g2[c] * h2[c] + g3[c] * h3[c]
-        x += 4
+def add_products(partial, job, tap, grad, g, image, h, x, last):
+    """partial[job, tap] += sum of grad[g + x] * image[h + x] up to the last x, four at a time as in correlate."""
+    channels = u64(image.shape[1])
+    n, t = u64(job), u64(tap)
     while x < last:
-        g0, h0 = g[x], h[x + step]
-        for c in range(channels):
-            total[c] += g0[c] * h0[c]
-        x += 1
+        g0, h0, four = u64(g + x), u64(h + x), x + 3 < last
+        if four:
+            g1, g2, g3, h1, h2, h3 = g0 + ONE, g0 + TWO, g0 + THREE, h0 + ONE, h0 + TWO, h0 + THREE
+            for c in range(channels):
+                partial[n, t, c] += (grad[g0, c] * image[h0, c] + grad[g1, c] * image[h1, c]
+                                     + grad[g2, c] * image[h2, c] + grad[g3, c] * image[h3, c])
+        else:
+            for c in range(channels):
+                partial[n, t, c] += grad[g0, c] * image[h0, c]
+        x += 4 if four else 1
 
 
 @njit(parallel=True)
