@@ -39,7 +39,7 @@ def nearest_pixels(coords, grid_size, k):
     table = coords.table[:1] if coords.is_raster else coords.table  # full images have one geometry
     offsets = _offsets(coords.size, grid_size, coords.num_points, k, coords.device)
     search = _choose_search(coords.device)
-    place, squared_distance = search(table.view(len(table), *coords.size), offsets, grid_size, k)
+    place, squared_distance = search(table.view(-1, *coords.size), offsets, grid_size, k)
     if coords.is_raster:
         return place.expand(coords.batch, -1, -1), squared_distance.expand(coords.batch, -1, -1)
     return place, squared_distance

@@ -68,8 +68,9 @@ def nearest(
     order, distance = array(order, lists * count, np.int64(0)), array(distance, lists * count, np.float32(0))
     size = batch * grid_size * grid_size * k
     place, squared_distance = array(place, size, np.int64(0)), array(squared_distance, size, np.float32(0))
-    padded = np.full((batch, height + 2 * reach_rows, width + 2 * reach_columns), -1, np.int32)
+    padded = np.empty((batch, height + 2 * reach_rows, width + 2 * reach_columns), np.int32)
     for image in prange(batch):
+        padded[image] = -1
         for row in range(height):
             padded[image, row + reach_rows, reach_columns : reach_columns + width] = table[image, row]
     stride = padded[0].size
