@@ -8,9 +8,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from models import compiled
+from models.derivatives import first_order_only
 from models.nearest import nearest_pixels
 
 TINY = 1e-20  # keeps the weight of a pixel that coincides with a node finite; neighbours are > 1e-10 apart
@@ -101,7 +101,7 @@ class _MixRows(torch.autograd.Function):
         return mixture.mix(rows)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
         out = wide.new_empty(ctx.mixture.images * ctx.mixture.count, wide.shape[1])

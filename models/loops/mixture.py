@@ -5,7 +5,9 @@ from numba import prange
 
 from models.loops.common import compiled
 
-CHUNK = 256  # sums that one thread takes at a time
+u64 = np.uint64
+ONE = u64(1)
+CHUNK = u64(256)  # sums that one thread takes at a time
 
 
 @compiled()
@@ -34,13 +36,13 @@ def transpose(place, weight, start, which, factor):
 @compiled(fastmath={"contract"})
 def gather(start, which, factor, values, out):
     """out[r] = sum over n in start[r] ... start[r + 1] - 1 of factor[n] values[which[n]]; values and out [., C]."""
-    rows, channels = out.shape
-    for chunk in prange((rows + CHUNK - 1) // CHUNK):
-        first = np.int64(chunk) * CHUNK
+    rows, channels = u64(out.shape[0]), u64(out.shape[1])  # whole arrays, unsigned: see models/loops/sparse_conv.py
+    for chunk in prange((rows + CHUNK - ONE) // CHUNK):
+        first = u64(chunk) * CHUNK
         for r in range(first, min(rows, first + CHUNK)):
-            total = out[r]
-            total[:] = 0
-            for n in range(start[r], start[r + 1]):
-                value, f = values[which[n]], factor[n]
+            for c in range(channels):
+                out[r, c] = 0
+            for n in range(u64(start[r]), u64(start[r + ONE])):
+                value, f = u64(which[n]), factor[n]
                 for c in range(channels):
-                    total[c] += f * value[c]
+                    out[r, c] += f * values[value, c]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from data.coordinates import Coordinates
+from models import compiled
 from models.interpolation import grid_to_points, knn_to_grid
 from tests.reference import interpolation as reference
 
@@ -126,6 +127,15 @@ def test_gradients_are_those_of_the_weighted_sums(dtype, loops, monkeypatch):
         direction, cotangent = torch.randn_like(a), torch.randn_like(out)
         (gradient,) = torch.autograd.grad(out, a, cotangent)
         torch.testing.assert_close((gradient * direction).sum(), (function(direction) * cotangent).sum())  # linear
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason=compiled.unavailable_reason())
+def test_second_derivatives_are_refused_where_the_gradient_is_by_loops():
+    coords = Coordinates.random(1, (6, 5), 12)
+    x = torch.randn(1, 12, 4, requires_grad=True)
+    loss = knn_to_grid(x, coords, 4).sum() + x.pow(3).sum()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
