@@ -62,7 +62,8 @@ def check_attention(kind):
 def _sdpa(q, k, v):
     dtype = q.dtype
     if q.device.type == "cpu":  # its backward pass in bfloat16 takes ten times as long as in float32
-        q, k, v = q.float(), k.float(), v.float()
+        wide = torch.promote_types(dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)

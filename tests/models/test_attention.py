@@ -31,6 +31,31 @@ def test_it_is_softmax_attention_with_a_residual():
     torch.testing.assert_close(made(x), expected.reshape(x.shape))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("sharpness", [1, 4])
+def test_softmax_attention_in_every_precision_forward_and_backward(dtype, tolerance, sharpness):
+    """Also where logits are large, or all moved by the same number, which softmax leaves out."""
+    generator = torch.Generator().manual_seed(0)
+    qkv, grad = (torch.randn(2, 15, parts, 4, 32, generator=generator, dtype=torch.float64) for parts in (3, 1))
+    grad = grad[:, :, 0]
+    qkv[:, :, :2] *= sharpness
+    qkv[:, :, 1] += 3  # of all keys: a common offset
+    qkv = qkv.to(dtype)
+
+    def outcome(attend, x):
+        x = x.detach().requires_grad_()
+        out = attend(*x.unbind(2))
+        return out, *torch.autograd.grad(out, x, grad.to(out.dtype))
+
+    def wanted(q, k, v):
+        weights = (torch.einsum("blhd,bmhd->bhlm", q, k) / 32**0.5).softmax(-1)
+        return torch.einsum("bhlm,bmhd->blhd", weights, v)
+
+    for found, exact in zip(outcome(attention._sdpa, qkv), outcome(wanted, qkv.double()), strict=True):
+        assert found.dtype == dtype and (found.double() - exact).norm() <= tolerance * exact.norm()
+
+
 def test_it_starts_as_the_identity():
     x = torch.randn(1, 4, 4, 64)
     torch.testing.assert_close(Attention(64)(x), x)
