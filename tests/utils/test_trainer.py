@@ -425,7 +425,14 @@ def test_a_signal_before_the_first_step_saves_only_what_the_newest_file_does_not
 
 
 def test_a_signal_after_all_is_done_changes_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, 2)
+    trainer, sent = make_trainer(tmp_path, 2), []
     evaluate = trainer._evaluate
-    trainer._evaluate = lambda *arguments: (evaluate(*arguments), signal.raise_signal(signal.SIGTERM))
-    trainer.train()
+
+    def evaluate_and_send(log, progress, request):
+        evaluate(log, progress, request)
+        signal.raise_signal(signal.SIGTERM)
+        sent.append(request.signal)
+
+    trainer._evaluate = evaluate_and_send
+    trainer.train()  # does not raise Stopped: the same command would have nothing to do
+    assert sent == [signal.SIGTERM] and load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
