@@ -12,7 +12,7 @@ BLOCK = 4096  # numbers that one thread takes at a time; the order of sums depen
 REDUCE = {"contract", "reassoc", "nsz"}  # sums in any order; NaN and infinity stay what they are
 VECTOR = {"fastmath": REDUCE, "error_model": "numpy"}  # the error model of Python tests every division for zero
 
-u16, u32 = np.uint16, np.uint32
+u16, u32, u64 = np.uint16, np.uint32, np.uint64
 
 
 def compiled(**options):

@@ -1,11 +1,9 @@
 """Weighted sums of rows, as models/interpolation.py needs them for its gradients."""
 
-import numpy as np
 from numba import prange
 
-from models.loops.common import compiled
+from models.loops.common import compiled, u64
 
-u64 = np.uint64
 ONE = u64(1)
 CHUNK = u64(256)  # sums that one thread takes at a time
 

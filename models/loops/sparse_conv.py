@@ -8,9 +8,8 @@ for being negative, as those that count from the end are.
 import numpy as np
 from numba import njit, prange
 
-from models.loops.common import compiled
+from models.loops.common import VECTOR, compiled, u64
 
-u64 = np.uint64
 ONE, TWO, THREE, FOUR = u64(1), u64(2), u64(3), u64(4)
 
 # Points that one thread takes at a time. The order of sums depends on it, never on the number of threads.
@@ -20,7 +19,7 @@ COLUMNS = 32  # of features and gradients, which then stay in the nearest cache
 # one rounding per multiply-add and any order of four terms, but unlike fastmath=True right with NaN and infinity, which
 # the trainer and the loss scaling of float16 look for
 MULTIPLY_ADD = {"contract", "reassoc"}
-PAIRS = {"fastmath": MULTIPLY_ADD, "error_model": "numpy"}  # the error model of Python tests every division for zero
+PAIRS = {**VECTOR, "fastmath": MULTIPLY_ADD}
 
 
 @compiled()
@@ -163,17 +162,18 @@ def add_products(partial, job, tap, grad, g, image, h, x, last):
     """partial[job, tap] += sum of grad[g + x] * image[h + x] up to the last x, four at a time as in correlate."""
     channels = u64(image.shape[1])
     n, t = u64(job), u64(tap)
+    while x + 3 < last:
+        g0, h0 = u64(g + x), u64(h + x)
+        g1, g2, g3, h1, h2, h3 = g0 + ONE, g0 + TWO, g0 + THREE, h0 + ONE, h0 + TWO, h0 + THREE
+        for c in range(channels):
+            partial[n, t, c] += (grad[g0, c] * image[h0, c] + grad[g1, c] * image[h1, c]
+                                 + grad[g2, c] * image[h2, c] + grad[g3, c] * image[h3, c])
+        x += 4
     while x < last:
-        g0, h0, four = u64(g + x), u64(h + x), x + 3 < last
-        if four:
-            g1, g2, g3, h1, h2, h3 = g0 + ONE, g0 + TWO, g0 + THREE, h0 + ONE, h0 + TWO, h0 + THREE
-            for c in range(channels):
-                partial[n, t, c] += (grad[g0, c] * image[h0, c] + grad[g1, c] * image[h1, c]
-                                     + grad[g2, c] * image[h2, c] + grad[g3, c] * image[h3, c])
-        else:
-            for c in range(channels):
-                partial[n, t, c] += grad[g0, c] * image[h0, c]
-        x += 4 if four else 1
+        g0, h0 = u64(g + x), u64(h + x)
+        for c in range(channels):
+            partial[n, t, c] += grad[g0, c] * image[h0, c]
+        x += 1
 
 
 @njit(parallel=True)
