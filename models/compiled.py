@@ -40,11 +40,16 @@ def run(name, *arguments):
 def run_at(name, tensors, *numbers):
     """run for loops that take addresses of tensors (models.loops.common.array), which come first, then numbers.
 
-    tensors   list of (dtype, tensor, tensor, ...). They are named here, and not the addresses of them, so that none of
+    tensors   (dtype, tensor, tensor, ...), ... . They are named here, and not the addresses of them, so that none of
               them can be freed before the loop is done
     Raises ValueError for a tensor that the loop would misread: of another dtype, not contiguous, or not on the CPU.
     """
-    _call(name, [_address(tensor, dtype) for dtype, *group in tensors for tensor in group] + list(numbers))
+    _call(name, [*addresses(tensors), *numbers])
+
+
+def addresses(tensors):
+    """Where tensors that run_at takes are; for those that outlive many calls, and are then numbers in each of them."""
+    return [_address(tensor, dtype) for dtype, *group in tensors for tensor in group]
 
 
 def _call(name, arguments):

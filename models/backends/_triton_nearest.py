@@ -11,12 +11,12 @@ FAR = tl.constexpr(2**62)  # further than any pixel: squared distances are integ
 
 @triton.jit
 def nearest(
-    padded, table, start, phase, order, distance, place, squared_distance, nodes, padded_size, height, width, count,
-    row_unit, column_unit, scale, G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    padded, table, start, first, order, distance, place, squared_distance, nodes, padded_size, height, width, count,
+    groups, row_unit, column_unit, scale, G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The K nearest present pixels of a block of nodes; `start` ... `distance` are those of models.nearest._Offsets.
+    """The K nearest present pixels of a block of nodes; models.nearest._Offsets explains `start` ... `distance`.
 
-    padded            int32 [B, padded_size], the table with a border of absent pixels
+    padded            int32 [B, padded_size], the table as models.nearest._padded arranges it
     table             int32 [B, H, W]
     place             int64 [nodes, K], nodes = B · G · G, written; squared_distance float32, likewise
     row_unit ...      W / g, H / g and 2 H W G / g with g = gcd(H, W), for the integers that distances are
@@ -25,8 +25,8 @@ def nearest(
     exists = node < nodes
     image, i, j = node // (G * G), node // G % G, node % G
     pixel = image.to(tl.int64) * padded_size
-    pixel += tl.load(start + i, mask=exists, other=0) + tl.load(start + G + j, mask=exists, other=0)
-    listed = (tl.load(phase + i, mask=exists, other=0) + tl.load(phase + G + j, mask=exists, other=0)) * count
+    pixel += tl.load(start + i, mask=exists, other=0) + j // groups
+    listed = (tl.load(first + i, mask=exists, other=0) + j % groups) * count
     found = tl.where(exists, 0, K)
     step = 0
     while (step < count) & (tl.min(found) < K):  # as far down the list as the slowest node has to go

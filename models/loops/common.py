@@ -47,6 +47,17 @@ def _pointer(context, address, kind):
     return types.CPointer(kind)(address, kind), code
 
 
+@intrinsic
+def lowest_bit(context, number):
+    """Which bit of an unsigned number, which is not zero, is the lowest that is set, int64."""
+
+    def code(context, builder, signature, arguments):
+        bit = builder.cttz(arguments[0], context.get_constant(types.boolean, True))
+        return context.cast(builder, bit, number, types.int64)
+
+    return types.int64(number), code
+
+
 def convert(source, target):
     """target = source, either in float32 or bfloat16, to which it is rounded to the nearest, ties to even."""
 

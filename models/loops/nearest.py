@@ -5,7 +5,12 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from models.loops.common import array, compiled
+from models.loops.common import array, compiled, lowest_bit, u32, u64
+
+BAND = 16  # rows of nodes that one thread takes at a time, with a copy of the pixels around them
+LOOKS = 32  # pixels that the nodes of a row look at before they take theirs, one bit each
+AT_ONCE = 4  # of them in a turn of the loop, which `look` writes out; the last few of a list are not looked at
+LINE = 16  # numbers of four bytes in a line of the cache
 
 
 @njit(inline="always")
@@ -23,12 +28,11 @@ def insert(best, pixel, squared, candidate):
 
 
 @njit
-def search_rows(table, grid_size, i, j, unit, place, squared_distance):
+def search_rows(table, image, height, width, grid_size, i, j, unit, place, squared_distance, slot, k):
     """The nearest pixels of node (i, j), for the few nodes with none close by: whole rows, from the node outwards."""
-    height, width = table.shape
     common = math.gcd(height, width)
-    best = np.full(place.size, np.inf)
-    pixel = np.full(place.size, height * width)
+    best = np.full(k, np.inf)
+    pixel = np.full(k, height * width)
     middle = (2 * i + 1) * height // (2 * grid_size)
     for step in range(2 * height):
         row = middle + ((step + 1) // 2 if step % 2 else -(step // 2))
@@ -39,57 +43,108 @@ def search_rows(table, grid_size, i, j, unit, place, squared_distance):
         if from_row > best[-1]:
             continue
         for column in range(width):
-            if table[row, column] >= 0:
+            if table[(image * height + row) * width + column] >= 0:
                 offset = (height // common) * ((2 * column + 1) * grid_size - (2 * j + 1) * width)
                 squared = from_row + float(offset) ** 2
                 if squared <= best[-1]:
                     insert(best, pixel, squared, row * width + column)
-    for slot in range(place.size):
-        place[slot] = table[pixel[slot] // width, pixel[slot] % width]
-        squared_distance[slot] = best[slot] * unit
+    for number in range(k):
+        place[slot + number] = table[image * height * width + pixel[number]]
+        squared_distance[slot + number] = best[number] * unit
+
+
+@njit(inline="always")
+def arrange(table, image, height, width, reach_rows, reach_columns, step, apart, padded, copy, top, bottom):
+    """Rows top to bottom of an image as models.nearest._padded arranges them, at padded[copy:]."""
+    for n in range((bottom - top) * step * apart):
+        padded[u64(copy + n)] = -1
+    for row in range(max(top, reach_rows), min(bottom, reach_rows + height)):
+        line = (image * height + row - reach_rows) * width
+        for column in range(step):
+            position = column + reach_columns
+            target = copy + ((row - top) * step + position % step) * apart + position // step
+            for n in range((width - column + step - 1) // step):
+                padded[u64(target + n)] = table[u64(line + column + n * step)]
+
+
+@njit(inline="always")
+def look(padded, row, order, begin, end, seen, node, together):
+    """Which of the pixels begin to end of a list, a multiple of four, are present around each node: bits of `seen`."""
+    for m in range(together):
+        seen[u64(node + m)] = 0
+    for n in range(begin, end, AT_ONCE):
+        a, b = row + order[u64(n)], row + order[u64(n + 1)]
+        c, d = row + order[u64(n + 2)], row + order[u64(n + 3)]
+        bit = u32(n - begin)
+        for m in range(together):
+            bits = u32(padded[u64(a + m)] >= 0) | u32(padded[u64(b + m)] >= 0) << u32(1)
+            bits |= u32(padded[u64(c + m)] >= 0) << u32(2) | u32(padded[u64(d + m)] >= 0) << u32(3)
+            seen[u64(node + m)] |= bits << bit
 
 
 @compiled()  # exact comparison of distances: no fastmath
 def nearest(
-    table, start, phase, order, place, distance, squared_distance, batch, height, width, grid_size, k, lists, count,
-    reach_rows, reach_columns, unit,
+    table, place, squared_distance, batch, start, first, order, distance, height, width, grid_size, k, lists, count,
+    reach_rows, reach_columns, step, groups, unit,
 ):
     """The k nearest present pixels of every node of a grid; see models/nearest.py. Tensors come as their addresses.
 
-    table               int32 [batch, height, width], Coordinates.table
-    start, phase        int64 [2, grid_size] of _Offsets, as its reach and unit are
-    order, distance     int64 and float32 [lists, count] of _Offsets
+    table               int32 [batch, height * width], Coordinates.table
     place               int64 [batch, grid_size², k], written
     squared_distance    float32 [batch, grid_size², k], written
+    start ...           _Offsets.arguments
+
+    All nodes of a row that share a list go down that list side by side, and note in a bit of each whether the pixel is
+    present. So no branch depends on a pixel, and only then does each node take its pixels from the bits that are set.
     """
-    table = array(table, (batch, height, width), np.int32(0))
-    start, phase = array(start, (2, grid_size), np.int64(0)), array(phase, (2, grid_size), np.int64(0))
-    # flat from here on, for one index is found faster than three
+    table = array(table, batch * height * width, np.int32(0))
+    start, first = array(start, grid_size, np.int64(0)), array(first, grid_size, np.int64(0))
     order, distance = array(order, lists * count, np.int64(0)), array(distance, lists * count, np.float32(0))
     size = batch * grid_size * grid_size * k
     place, squared_distance = array(place, size, np.int64(0)), array(squared_distance, size, np.float32(0))
-    padded = np.empty((batch, height + 2 * reach_rows, width + 2 * reach_columns), np.int32)
-    for image in prange(batch):
-        padded[image] = -1
-        for row in range(height):
-            padded[image, row + reach_rows, reach_columns : reach_columns + width] = table[image, row]
-    stride = padded[0].size
-    padded = padded.reshape(-1)
 
-    for line in prange(batch * grid_size):
-        image, i = divmod(np.int64(line), grid_size)  # prange counts in unsigned: differences would become floats
-        for j in range(grid_size):
-            first = image * stride + start[0, i] + start[1, j]
-            entry = (phase[0, i] + phase[1, j]) * count
-            slot = (np.int64(line) * grid_size + j) * k
-            found = 0
-            for n in range(entry, entry + count):
-                present = padded[np.uint64(first + order[np.uint64(n)])]  # unsigned: no index counts from the end
-                place[np.uint64(slot + found)] = present  # even if absent, for a branch would be hard to predict
-                squared_distance[np.uint64(slot + found)] = distance[np.uint64(n)]
-                found += present >= 0
-                if found == k:
-                    break
-            if found < k:
-                node = slice(slot, slot + k)
-                search_rows(table[image], grid_size, i, j, unit, place[node], squared_distance[node])
+    looks = count // AT_ONCE * AT_ONCE
+    bands, together = (grid_size + BAND - 1) // BAND, grid_size // groups
+    apart = (width + 2 * reach_columns + step - 1) // step
+    stride = step * apart
+    band_size = (BAND * height // grid_size + 2 + 2 * reach_rows) * stride
+    padded = np.empty(batch * bands * band_size, np.int32)
+    scratch = batch * bands * (together + LINE)  # a line between the numbers of two threads, which they would fight for
+    seen, found = np.empty(scratch, np.uint32), np.empty(scratch, np.int32)
+
+    for band in prange(batch * bands):
+        image, begin = np.int64(band) // bands, np.int64(band) % bands * BAND  # prange counts in unsigned numbers
+        end = min(begin + BAND, grid_size)
+        top = start[begin] // stride - reach_rows  # the rows of the padded image that are copied
+        bottom = start[end - 1] // stride + reach_rows + 1
+        copy, node = np.int64(band) * band_size, np.int64(band) * (together + LINE)
+        arrange(table, image, height, width, reach_rows, reach_columns, step, apart, padded, copy, top, bottom)
+        for i in range(begin, end):
+            row = copy - top * stride + start[i]
+            for group in range(groups):
+                listed = (first[i] + group) * count
+                for m in range(together):
+                    found[u64(node + m)] = 0
+                for n in range(listed, listed + looks, LOOKS):
+                    look(padded, row, order, n, min(n + LOOKS, listed + looks), seen, node, together)
+                    waiting = False
+                    for m in range(together):
+                        slot = ((image * grid_size + i) * grid_size + m * groups + group) * k
+                        left, taken = seen[u64(node + m)], np.int64(found[u64(node + m)])
+                        while taken < k and left:
+                            nearest_left = u64(n + lowest_bit(left))
+                            place[u64(slot + taken)] = padded[u64(row + order[nearest_left] + m)]
+                            squared_distance[u64(slot + taken)] = distance[nearest_left]
+                            left &= left - u32(1)
+                            taken += 1
+                        found[u64(node + m)] = taken
+                        waiting |= taken < k
+                    if not waiting:
+                        break
+                for m in range(together):
+                    if found[u64(node + m)] < k:
+                        j = m * groups + group
+                        slot = ((image * grid_size + i) * grid_size + j) * k
+                        search_rows(
+                            table, image, height, width, grid_size, i, j, unit, place, squared_distance, slot, k
+                        )

@@ -51,6 +51,17 @@ def test_exact_with_ties_by_raster_index(size, grid_size):
             check_against_the_definition(coords, grid_size, k)
 
 
+@pytest.mark.parametrize(("size", "grid_size"), [((64, 64), 32), ((48, 96), 32), ((40, 100), 33), ((35, 65), 20)])
+@pytest.mark.parametrize("share", [1, 4, 32])
+def test_grids_of_many_rows(monkeypatch, size, grid_size, share):
+    """Both searches agree bit for bit, also where a thread has several bands of rows, and lists are long."""
+    coords = draw(size, size[0] * size[1] // share, batch=3)
+    found = nearest_pixels(coords, grid_size, 3)
+    monkeypatch.setattr(nearest, "_choose_search", lambda device: nearest._search_torch)
+    for ours, theirs in zip(found, nearest_pixels(coords, grid_size, 3), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_exact_for_points_in_one_corner_or_in_clusters(k):
     size = (16, 24)

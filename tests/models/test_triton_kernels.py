@@ -29,7 +29,7 @@ def test_compile_for_a_gpu(monkeypatch, tmp_path):
     full = {"KH": 7, "KW": 7, "PRECISION": "tf32", "BLOCK_P": SIDE[2], "BLOCK_I": SIDE[2], "BLOCK_O": SIDE[2]}
     types = {
         "features": "*bf16", "grad": "*bf16", "weight": "*bf16", "pixels": "*i32", "table": "*i32", "counts": "*fp32",
-        "padded": "*i32", "start": "*i64", "phase": "*i64", "order": "*i64", "distance": "*fp32", "place": "*i64",
+        "padded": "*i32", "start": "*i64", "first": "*i64", "order": "*i64", "distance": "*fp32", "place": "*i64",
         "squared_distance": "*fp32",
     }  # fmt: skip
     for kernel, constants in [
