@@ -109,6 +109,7 @@ def _unknown_field(error):
     while isinstance(reason, BaseException):
         reason = reason.args[0]
     name, _, hint = (part.strip(" '\"?\n") for part in f"{reason}\n".partition("\n"))
+    name = name.split("Attempting to lookup: ")[-1].split(".")[-1]  # what it says of a field of a number
     flags_given = {word.split("=")[0]: word for word in sys.argv[1:] if word.startswith("--")}
     given = [word for flag, word in flags_given.items() if name in flag.split(".")[1:]]
     hint = re.search(r'mean "(\w+)"', hint)

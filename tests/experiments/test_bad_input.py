@@ -29,6 +29,7 @@ def base(tmp_path, monkeypatch):
 MISTAKES = [
     # fields that there are not, types
     ("data.imgsize=32", "unknown config field --config.data.imgsize=32; did you mean img_size?"),
+    ("data.img_size.here=1", "unknown config field --config.data.img_size.here=1"),
     ("nothing.here=1", "unknown config field --config.nothing.here=1"),
     ("data.img_size=32 data.img=1", "unknown config field --config.data.img=1"),
     ("data.zzz=1 data.zzz=2", "unknown config field --config.data.zzz=2"),
