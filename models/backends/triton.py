@@ -14,6 +14,7 @@ import logging
 import subprocess
 
 import torch
+import torch.nn.functional as F
 
 from models.sparse_conv import INTERPRETED, neighbour_counts
 
@@ -55,9 +56,22 @@ def is_available():
 
 def sparse_conv(features, weight, coords):
     """K h of models.sparse_conv: features [B, L, C], weight [kh, kw, C] or [kh, kw, C, D] -> [B, L, C or D]."""
-    pixels = coords.cached("pixels", lambda: coords.index.to(torch.int32, memory_format=torch.contiguous_format))
-    table = coords.table.unflatten(1, coords.size)
-    return correlate(features, weight, pixels, table, neighbour_counts(coords, weight.shape[:2]), False)
+    kh, kw = weight.shape[:2]
+    return correlate(features, weight, *coords.cached(("triton", kh, kw), lambda: _geometry(coords, kh, kw)), False)
+
+
+def _geometry(coords, kh, kw):
+    """(position int32 or int64 [B, L], table int32 [B, H + kh - 1, W + kw - 1], share float32 [B, L]): what the kernels
+    know of the coordinates."""
+    (height, width), device = coords.size, coords.device
+    image = torch.arange(coords.batch, dtype=torch.int32, device=device)[:, None]
+    points = torch.where(coords.table >= 0, image * coords.num_points + coords.table, -1)
+    table = F.pad(points.unflatten(1, coords.size), (kw // 2, kw // 2, kh // 2, kh // 2), value=-1)
+    row, column = coords.index // width + kh // 2, coords.index % width + kw // 2
+    position = (image.long() * (height + kh - 1) + row) * (width + kw - 1) + column
+    dtype = torch.int32 if table.numel() < 2**31 else torch.int64
+    position = position.to(dtype, memory_format=torch.contiguous_format)
+    return position, table, 1 / neighbour_counts(coords, (kh, kw))
 
 
 def operator(function):
@@ -67,21 +81,23 @@ def operator(function):
 
 
 @operator
-def correlate(features: Tensor, weight: Tensor, pixels: Tensor, table: Tensor, counts: Tensor, adjoint: bool) -> Tensor:
+def correlate(
+    features: Tensor, weight: Tensor, position: Tensor, table: Tensor, share: Tensor, adjoint: bool
+) -> Tensor:
     """K features, or K* features where `adjoint`.
 
-    features [B, L, C]; weight [kh, kw, C] or [kh, kw, C, D]; pixels int32 [B, L]; table int32 [B, H, W]; counts float32
-    [B, L]. Returns [B, L, C] or [B, L, D]; the adjoint of a full kernel takes [B, L, D] and returns [B, L, C].
+    features [B, L, C]; weight [kh, kw, C] or [kh, kw, C, D]; position, table and share as from _geometry. Returns
+    [B, L, C] or [B, L, D]; the adjoint of a full kernel takes [B, L, D] and returns [B, L, C].
     """
     kernels = _kernels()
     kh, kw = weight.shape[:2]
     inputs, outputs = features.shape[2], weight.shape[2 if adjoint else -1]
-    points, sizes = pixels.numel(), (pixels.numel(), pixels.shape[1], *table.shape[1:])
-    out = features.new_empty(*pixels.shape, outputs)
+    points, sizes = position.numel(), (position.numel(), table.shape[2])
+    out = features.new_empty(*position.shape, outputs)
     with torch.cuda.device_of(features):
         if weight.dim() == 3:
             block = _block(outputs, CHANNELS)
-            tensors = features.contiguous(), weight.contiguous(), pixels, table, counts, out
+            tensors = features.contiguous(), weight.contiguous(), position, table, share, out
             grid = _ceil(points, POINTS), _ceil(outputs, block)
             kernels.depthwise[grid](*tensors, *sizes, outputs, kh, kw, adjoint, POINTS, block)
         else:
@@ -89,15 +105,16 @@ def correlate(features: Tensor, weight: Tensor, pixels: Tensor, table: Tensor, c
             side = SIDE[features.element_size()]
             blocks = side, _block(inputs, side, 16), _block(outputs, side, 16)
             strides = (weight.mT if adjoint else weight).stride()
-            tensors = features, weight, pixels, table, counts, out
+            tensors = features, weight, position, table, share, out
             grid = _ceil(points, side), _ceil(outputs, blocks[2])
-            kernels.full[grid](*tensors, *sizes, inputs, outputs, *strides, kh, kw, adjoint, _precision(), *blocks)
+            constants = kh, kw, adjoint, _precision(), *blocks
+            kernels.full[grid](*tensors, *sizes, inputs, outputs, *strides, *constants, num_stages=_stages(features))
     return out
 
 
 @operator
 def correlate_weight_gradient(
-    features: Tensor, grad: Tensor, pixels: Tensor, table: Tensor, counts: Tensor, weight: Tensor
+    features: Tensor, grad: Tensor, position: Tensor, table: Tensor, share: Tensor, weight: Tensor
 ) -> Tensor:
     """Gradient of (grad · K features).sum() in the weight, like the weight: sums over parts of the points, added up."""
     kernels = _kernels()
@@ -111,26 +128,26 @@ def correlate_weight_gradient(
         kind, kernel, side = "full", kernels.full_weight_gradient, SIDE[features.element_size()]
         constants = kh, kw, _precision()
         blocks = [_block(count, side, 16) for count in channels]
-    points = pixels.numel()
+    points = position.numel()
     span = side * _ceil(points, side * PARTS[kind])  # points of a part
     parts = _ceil(points, span)
     partial = features.new_empty(parts, *weight.shape, dtype=torch.float32)
     grid = parts * kh * kw, *map(_ceil, channels, blocks)
     with torch.cuda.device_of(features):
         kernel[grid](
-            features, grad, pixels, table, counts, partial, points, pixels.shape[1], *table.shape[1:], *channels, span,
-            *constants, side, *blocks,
+            features, grad, position, table, share, partial, points, table.shape[2], *channels, span,
+            *constants, side, *blocks, num_stages=_stages(features),
         )  # fmt: skip
     return partial.sum(0).to(weight.dtype)
 
 
 @correlate.register_fake
-def _like_output(features, weight, pixels, table, counts, adjoint):
+def _like_output(features, weight, position, table, share, adjoint):
     return features.new_empty(*features.shape[:2], weight.shape[2 if adjoint else -1])
 
 
 @correlate_weight_gradient.register_fake
-def _like_weight(features, grad, pixels, table, counts, weight):
+def _like_weight(features, grad, position, table, share, weight):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
@@ -170,6 +187,14 @@ def _precision():
     matmul = torch.backends.cuda.matmul  # since PyTorch 2.9 the older of these raises where the newer was set
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
+
+
+def _stages(features):
+    """How many turns of a loop are under way at once. Triton 3.2, which is PyTorch 2.6's, fails to compile more than
+    one with products of float32."""
+    import triton  # here, because it may be missing
+
+    return 1 if features.element_size() == 4 and triton.__version__.startswith("3.2.") else 3
 
 
 def _block(channels, most, least=1):

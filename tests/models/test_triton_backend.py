@@ -104,14 +104,13 @@ def test_nan_and_infinity_reach_the_neighbours_and_no_further(value, outputs):
 @pytest.mark.parametrize("outputs", KINDS)
 def test_operators_keep_the_rules_of_pytorch(outputs):
     features, weight, coords = draw((2, 5), 1 / 2, (1, 3, 3, *outputs), "shuffled")
-    pixels, table = coords.index.int(), coords.table.unflatten(1, coords.size)
-    counts = torch.ones(2, 5, device=DEVICE)
+    geometry = backend._geometry(coords, *weight.shape[:2])
     grad = torch.randn(2, 5, weight.shape[-1], device=DEVICE)
     rules = "test_schema", "test_autograd_registration", "test_faketensor"  # and the next test's
     check = functools.partial(torch.library.opcheck, test_utils=rules)
     for values, adjoint in ((features, False), (grad.clone().requires_grad_(), True)):
-        check(backend.correlate, (values, weight, pixels, table, counts, adjoint))
-    check(backend.correlate_weight_gradient, (features.detach(), grad, pixels, table, counts, weight.detach()))
+        check(backend.correlate, (values, weight, *geometry, adjoint))
+    check(backend.correlate_weight_gradient, (features.detach(), grad, *geometry, weight.detach()))
 
 
 @pytest.mark.parametrize("outputs", KINDS)

@@ -11,9 +11,11 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_compile_for_a_gpu(monkeypatch, tmp_path):
-    """For an H100, in bfloat16."""
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_compile_for_a_gpu(monkeypatch, tmp_path, architecture, dtype):
+    """For an A100 and an H100, and without memory of a thread's own, for that is where registers are spilled."""
     import triton
+    from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -26,9 +28,11 @@ def test_compile_for_a_gpu(monkeypatch, tmp_path):
         pytest.skip("an older Triton describes arguments in another way")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     depthwise = {"KH": 7, "KW": 7, "BLOCK_P": POINTS, "BLOCK_C": CHANNELS}
-    full = {"KH": 7, "KW": 7, "PRECISION": "tf32", "BLOCK_P": SIDE[2], "BLOCK_I": SIDE[2], "BLOCK_O": SIDE[2]}
+    side = SIDE[4 if dtype == "fp32" else 2]
+    full = {"KH": 7, "KW": 7, "PRECISION": "ieee", "BLOCK_P": side, "BLOCK_I": side, "BLOCK_O": side}
     types = {
-        "features": "*bf16", "grad": "*bf16", "weight": "*bf16", "pixels": "*i32", "table": "*i32", "counts": "*fp32",
+        **dict.fromkeys(("features", "grad", "weight"), f"*{dtype}"),
+        "position": "*i32", "table": "*i32", "share": "*fp32",
         "padded": "*i32", "start": "*i64", "first": "*i64", "order": "*i64", "distance": "*fp32", "place": "*i64",
         "squared_distance": "*fp32",
     }  # fmt: skip
@@ -38,11 +42,16 @@ def test_compile_for_a_gpu(monkeypatch, tmp_path):
         (kernels.depthwise_weight_gradient, depthwise), (kernels.full_weight_gradient, full),
         (nearest, {"G": 128, "K": 3, "BLOCK": WARP, "PIXELS": 8 * WARP}),
     ]:  # fmt: skip
-        types["out"] = "*fp32" if "weight_gradient" in kernel.fn.__name__ else "*bf16"
+        types["out"] = "*fp32" if "weight_gradient" in kernel.fn.__name__ else f"*{dtype}"
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+        (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+        command = [pathlib.Path(nvidia.__file__).parent / "bin/cuobjdump", "--dump-resource-usage", "kernel.cubin"]
+        usage = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
 
 def test_compute_what_they_should_in_the_interpreter():
