@@ -25,7 +25,7 @@ def encode(encoder, images, known=None, max_points=None):
     if known is None:
         return torch.cat([
             _encode_at(encoder, part, Coordinates.full(len(part), part.shape[-2:], part.device), max_points)
-            for part in images.split(_at_once(len(images), images.shape[-2:], max_points))])
+            for part in images.split(images_at_once(len(images), images.shape[-2:], max_points))])
     return torch.cat([_encode_at(encoder, image[None], Coordinates(mask.flatten().nonzero().T, images.shape[-2:]))
                       for image, mask in zip(images, known, strict=True)])
 
@@ -43,7 +43,7 @@ def decode(
     path         (denoise, Tξ) -> the path of states, in place of that of `sampler`: guidance, or another start
     max_points   pixels of all images together that the network takes at a time; None: no limit
     """
-    images, at_once = [], len(z) if path else _at_once(len(z), size, max_points)
+    images, at_once = [], len(z) if path else images_at_once(len(z), size, max_points)
     for first in range(0, len(z), at_once):
         latents = z[first : first + at_once]
         streams = generators and generators[first : first + at_once]
@@ -83,9 +83,10 @@ def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim
     return state * std + mean
 
 
-def _at_once(count, size, max_points):
-    """How many of `count` images of a size max_points allows at a time; at least one."""
-    return count if max_points is None else max(max_points // math.prod(size), 1)
+def images_at_once(count, size, max_points):
+    """How many of `count` images of a size (H, W) to work on at a time: so many have no more than max_points pixels in
+    all, or it is one, which is then computed in parts. None: no limit."""
+    return count if max_points is None else min(count, max(max_points // math.prod(size), 1))
 
 
 def _decoder(decoder, z, coords, max_points, values, t):

@@ -18,9 +18,10 @@ from absl import flags
 from data.loader import to_float
 from data.masks import KINDS, make_masks
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode
+from diffusion.generate import decode, encode, images_at_once
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
 from experiments.application import check_finite, latent_sampler, read_images, write_scores
+from experiments.sampling import MAX_POINTS
 from models.load import autoencoder_path, load_autoencoder
 from utils import cli, config, rng, trained_config
 from utils.checkpoint import identity
@@ -61,7 +62,7 @@ def main():
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
         raise UserError(f"--mask={MASK.value} leaves fewer known pixels than model.knn_neighbours="
                         f"{cfg.model.knn_neighbours}; use another mask")
-    modules = load_autoencoder(cfg, device)
+    modules = load_autoencoder(cfg, device).requires_grad_(False)  # guidance needs gradients of the state alone
     draw_z, latent_model = latent_sampler(LATENT_CONFIG, cfg, device, modules["encoder"])
 
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
@@ -70,7 +71,8 @@ def main():
                 "decoder": identity(autoencoder_path(cfg)), "latent_model": latent_model}
     folders = {name: ImageFolder(output / name, total, settings, output) for name in FOLDERS}
 
-    for indices, progress in folders["results"].missing_batches(cfg.train.sample_size, evaluations=STEPS.value):
+    at_once = images_at_once(cfg.train.sample_size, size, MAX_POINTS)
+    for indices, progress in folders["results"].missing_batches(at_once, evaluations=STEPS.value):
         truth, mask = to_float(images[indices]).to(device), known[indices].to(device)
         constraint = Constraint(KnownPixels(mask), mask * truth, diffusion.mollifier)
         generators = rng.sample_generators(device, indices, cfg.run.seed, "inpainting")

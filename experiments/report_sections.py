@@ -15,6 +15,7 @@ from models.load import autoencoder_path, latent_path, load_trained
 from utils import page, protocol
 from utils.checkpoint import identity
 from utils.config import changed_fields, run_dir
+from utils.device import resolve_device
 from utils.environment import environment
 from utils.files import read_json
 from utils.images import read_image, to_uint8
@@ -112,7 +113,8 @@ def memorisation(made, config, limit):
     unseen, _ = next(all_batches(Subset(heldout, range(min(CHECKED, len(heldout)))), CHECKED))
     both = torch.cat([torch.nn.functional.interpolate(to_float(shown), unseen.shape[-2:], mode="bilinear",
                                                       antialias=True), unseen])
-    found = nearest_images(both, train_set, mollifier, limit=limit, num_workers=config.data.num_workers)
+    found = nearest_images(both, train_set, mollifier, limit=limit, num_workers=config.data.num_workers,
+                           device=resolve_device(config.run.device))
     ours, theirs = (part.median().item() for part in found.distance[:, 0].split([len(shown), len(unseen)]))
     strips = []
     for i in range(min(SHOWN, len(shown))):

@@ -19,7 +19,7 @@ from absl import flags
 
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode
+from diffusion.generate import decode, encode, images_at_once
 from diffusion.guidance import Consistent, Constraint, Downsampling
 from diffusion.samplers import SAMPLERS, sample
 from experiments.application import check_encoder, check_finite, write_scores
@@ -74,7 +74,8 @@ def main():
     folders = {name: ImageFolder(output / name, len(low), settings, output) for name in names}
 
     operator = Downsampling(size, low.shape[-2:], device)
-    for indices, progress in folders[names[-1]].missing_batches(cfg.train.sample_size, STEPS.value * len(weights)):
+    at_once = images_at_once(cfg.train.sample_size, size, POINTS.value)
+    for indices, progress in folders[names[-1]].missing_batches(at_once, STEPS.value * len(weights)):
         small = to_float(low[indices]).to(device)
         constraint = Constraint(operator, small, diffusion.mollifier)
         made = {"inputs": small, **interpolations(low[indices], size, constraint)}

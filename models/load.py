@@ -1,4 +1,8 @@
-"""Trained models from the files of a run: EMA weights, in eval mode, ready for sampling."""
+"""Trained models from the files of a run: EMA weights, in eval mode, ready for sampling.
+
+Their parameters go on requiring gradients, though sampling computes none: autocast keeps what it has cast of such ones
+alone, and would cast others anew in every evaluation.
+"""
 
 from torch import nn
 
@@ -24,7 +28,7 @@ def load_autoencoder(config, device):
     """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run; UserError where its file does not fit the config."""
     modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config)})
     _load(modules, config, autoencoder_path(config), "autoencoder")
-    return _frozen(modules, device)
+    return modules.to(device).eval()
 
 
 def load_latent_model(config, device, encoder):
@@ -38,7 +42,7 @@ def load_latent_model(config, device, encoder):
     if facts["encoder"] != digest(encoder.state_dict()):
         raise UserError(f"{latent_path(config)} was trained on latents of another encoder than that of "
                         "--decoder_config; train the latent model again, in another run.experiment")
-    return _frozen(modules, device)["latent_model"], facts["mean"].to(device), facts["std"].to(device)
+    return modules["latent_model"].to(device).eval(), facts["mean"].to(device), facts["std"].to(device)
 
 
 def load_trained(path, kind, config):
@@ -64,7 +68,3 @@ def _first_there(checkpoint, weights):
     """The checkpoint, or the newest before it where it is gone, or the file of weights; if nothing is, the first."""
     found = [path for path in (checkpoint, *older_checkpoints(checkpoint).values(), weights) if path.exists()]
     return found[0] if found else checkpoint
-
-
-def _frozen(modules, device):
-    return modules.to(device).eval().requires_grad_(False)

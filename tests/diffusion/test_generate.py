@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode, invert
+from diffusion.generate import decode, encode, images_at_once, invert
 from diffusion.samplers import ddim, sample
 from tests.models.tiny import SIZE, tiny_config, tiny_decoder, tiny_encoder
 from utils.rng import randn, sample_generators
@@ -75,3 +75,7 @@ def test_inversion_leads_back_to_the_image():
     limit = diffusion.mollifier.sharpen(diffusion.mollifier.blur(images))
     near, far = ((end - limit).square().mean() for end in ends)
     assert steps == [1] * 200 and x.shape == images.shape and near < 0.01 * far
+
+
+def test_no_more_images_at_a_time_than_fit_but_one_at_least():
+    assert [images_at_once(16, (64, 32), limit) for limit in (None, 2**20, 5 * 2048, 2048, 100)] == [16, 16, 5, 1, 1]
