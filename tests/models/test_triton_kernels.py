@@ -54,10 +54,35 @@ def test_compile_for_a_gpu(monkeypatch, tmp_path, architecture, dtype):
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_norms_compile_for_a_gpu(capability, dtype, monkeypatch, tmp_path):
+    """For an A100 and an H100, of 64 channels and with all that may follow a norm."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from models.backends import _triton_normalisation as kernels
+    from models.backends.triton_normalisation import NUMBERS, NUMBERS_BACKWARD
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        pytest.skip("an older Triton describes arguments in another way")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {name: f"*{dtype}" for name in ("x", "out", "grad", "grad_x")}
+    types |= {name: "*fp32" for name in ("weight", "bias", "scale", "shift", "mean", "inverse", "partial")}
+    types |= {"eps": "fp32", "factor": "fp32"}
+    for kernel, numbers in [(kernels.forward, NUMBERS), (kernels.backward, NUMBERS_BACKWARD)]:
+        constants = {"GELU": True, "DROPOUT": True, "BLOCK_R": numbers // 64, "BLOCK_C": 64}
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
 def test_compute_what_they_should_in_the_interpreter():
     """Those tests and a decoder on CPU, in a process where Triton starts with its interpreter."""
     decoder = "tests/models/test_build.py::test_a_checkpoint_gives_the_same_on_every_backend[triton-{}]"
-    tests = [f"tests/models/test_triton_{name}.py" for name in ("backend", "nearest")]
+    tests = [f"tests/models/test_triton_{name}.py" for name in ("backend", "nearest", "normalisation")]
     tests += map(decoder.format, ("depthwise", "full"))
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
