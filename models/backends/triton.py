@@ -25,6 +25,7 @@ SIDE = {2: 64, 4: 32}  # of the blocks of a matrix product, by the bytes of a fa
 PARTS = {"depthwise": 256, "full": 32}  # of the points, in the gradient of the weight; times kh · kw programs
 
 
+@functools.cache  # the norms ask some hundred times in a step
 def unavailable_reason(depthwise=False):
     """Why the kernels cannot be used here and what to do; "" where they can."""
     if importlib.util.find_spec("triton") is None:

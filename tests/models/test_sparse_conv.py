@@ -177,7 +177,7 @@ def test_a_gpu_where_triton_cannot_start_kernels_takes_torch_dense(monkeypatch, 
     """As on a machine without a C compiler: with no GPU, Triton's first attempt fails as well."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    caches = [dispatch._unavailable_reason, triton._driver_problem]
+    caches = [dispatch._unavailable_reason, triton.unavailable_reason, triton._driver_problem]
     for cache in caches:
         cache.cache_clear()
     try:

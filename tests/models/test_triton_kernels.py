@@ -11,39 +11,21 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [(80, "fp32"), (90, "bf16")])
-def test_compile_for_a_gpu(monkeypatch, tmp_path, architecture, dtype):
-    """For an A100 and an H100, and without memory of a thread's own, for that is where registers are spilled."""
+@pytest.fixture(params=[(80, "fp32"), (90, "bf16")], ids=["A100", "H100"])
+def build(request, monkeypatch, tmp_path):
+    """(dtype of the features, function that compiles a kernel). It looks for memory of a thread's own as well, for that
+    is where registers are spilled."""
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models.backends import _triton_kernels as kernels
-    from models.backends._triton_nearest import nearest
-    from models.backends.triton import CHANNELS, POINTS, SIDE
-    from models.nearest import WARP
-
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
         pytest.skip("an older Triton describes arguments in another way")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    depthwise = {"KH": 7, "KW": 7, "BLOCK_P": POINTS, "BLOCK_C": CHANNELS}
-    side = SIDE[4 if dtype == "fp32" else 2]
-    full = {"KH": 7, "KW": 7, "PRECISION": "ieee", "BLOCK_P": side, "BLOCK_I": side, "BLOCK_O": side}
-    types = {
-        **dict.fromkeys(("features", "grad", "weight"), f"*{dtype}"),
-        "position": "*i32", "table": "*i32", "share": "*fp32",
-        "padded": "*i32", "start": "*i64", "first": "*i64", "order": "*i64", "distance": "*fp32", "place": "*i64",
-        "squared_distance": "*fp32",
-    }  # fmt: skip
-    for kernel, constants in [
-        (kernels.depthwise, {**depthwise, "ADJOINT": False}), (kernels.depthwise, {**depthwise, "ADJOINT": True}),
-        (kernels.full, {**full, "ADJOINT": False}), (kernels.full, {**full, "ADJOINT": True}),
-        (kernels.depthwise_weight_gradient, depthwise), (kernels.full_weight_gradient, full),
-        (nearest, {"G": 128, "K": 3, "BLOCK": WARP, "PIXELS": 8 * WARP}),
-    ]:  # fmt: skip
-        types["out"] = "*fp32" if "weight_gradient" in kernel.fn.__name__ else f"*{dtype}"
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    architecture, dtype = request.param
+
+    def compile_for_it(kernel, constants, types):
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=places)
@@ -53,30 +35,46 @@ def test_compile_for_a_gpu(monkeypatch, tmp_path, architecture, dtype):
         usage = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
+    return dtype, compile_for_it
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_norms_compile_for_a_gpu(capability, dtype, monkeypatch, tmp_path):
-    """For an A100 and an H100, of 64 channels and with all that may follow a norm."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
+def test_the_operator_and_the_search_compile_for_a_gpu(build):
+    from models.backends import _triton_kernels as kernels
+    from models.backends._triton_nearest import nearest
+    from models.backends.triton import CHANNELS, POINTS, SIDE
+    from models.nearest import WARP
+
+    dtype, compile_for_it = build
+    window, side = {"KH": 7, "KW": 7}, SIDE[4 if dtype == "fp32" else 2]
+    depthwise = {**window, "BLOCK_P": POINTS, "BLOCK_C": CHANNELS}
+    full = {**window, "PRECISION": "ieee", "BLOCK_P": side, "BLOCK_I": side, "BLOCK_O": side}
+    types = {
+        **dict.fromkeys(("features", "grad", "weight", "out"), f"*{dtype}"),
+        "position": "*i32", "table": "*i32", "share": "*fp32",
+        "padded": "*i32", "start": "*i64", "first": "*i64", "order": "*i64", "distance": "*fp32", "place": "*i64",
+        "squared_distance": "*fp32",
+    }  # fmt: skip
+    for adjoint in (False, True):
+        compile_for_it(kernels.depthwise, {**depthwise, "ADJOINT": adjoint}, types)
+        compile_for_it(kernels.full, {**full, "ADJOINT": adjoint}, types)
+    compile_for_it(kernels.depthwise_weight_gradient, depthwise, {**types, "out": "*fp32"})
+    compile_for_it(kernels.full_weight_gradient, full, {**types, "out": "*fp32"})
+    compile_for_it(nearest, {"G": 128, "K": 3, "BLOCK": WARP, "PIXELS": 8 * WARP}, types)
+
+
+def test_norms_compile_for_a_gpu(build):
+    """Of 64 channels, and with all that may follow a norm."""
     from models.backends import _triton_normalisation as kernels
     from models.backends.triton_normalisation import NUMBERS, NUMBERS_BACKWARD
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
-        pytest.skip("an older Triton describes arguments in another way")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {name: f"*{dtype}" for name in ("x", "out", "grad", "grad_x")}
-    types |= {name: "*fp32" for name in ("weight", "bias", "scale", "shift", "mean", "inverse", "partial")}
-    types |= {"eps": "fp32", "factor": "fp32"}
+    dtype, compile_for_it = build
+    types = {
+        **dict.fromkeys(("x", "out", "grad", "grad_x"), f"*{dtype}"),
+        **dict.fromkeys(("weight", "bias", "scale", "shift", "mean", "inverse", "partial"), "*fp32"),
+        "eps": "fp32", "factor": "fp32",
+    }  # fmt: skip
     for kernel, numbers in [(kernels.forward, NUMBERS), (kernels.backward, NUMBERS_BACKWARD)]:
-        constants = {"GELU": True, "DROPOUT": True, "BLOCK_R": numbers // 64, "BLOCK_C": 64}
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        compile_for_it(kernel, {"GELU": True, "DROPOUT": True, "BLOCK_R": numbers // 64, "BLOCK_C": 64}, types)
 
 
 def test_compute_what_they_should_in_the_interpreter():
