@@ -85,7 +85,7 @@ def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim
 
 def images_at_once(count, size, max_points):
     """How many of `count` images of a size (H, W) to work on at a time: so many have no more than max_points pixels in
-    all, or it is one, which is then computed in parts. None: no limit."""
+    all, or it is one, which may then be computed in parts. None: no limit."""
     return count if max_points is None else min(count, max(max_points // math.prod(size), 1))
 
 

@@ -1,7 +1,7 @@
 """Trained models from the files of a run: EMA weights, in eval mode, ready for sampling.
 
 Their parameters go on requiring gradients, though sampling computes none: autocast keeps what it has cast of such ones
-alone, and would cast others anew in every evaluation.
+alone, and would cast others anew in every evaluation. Who differentiates in something else turns that off.
 """
 
 from torch import nn

@@ -185,13 +185,13 @@ def _search_torch(table, offsets):
     count = offsets.order.shape[1]
     number = torch.arange(count, dtype=torch.int32, device=table.device)
     places, distances = [], []
-    for node in torch.arange(grid_size**2, device=table.device).split(max(CHUNK // (count * len(table)), 1)):
+    for node in torch.arange(grid_size**2, device=table.device).split(max(CHUNK // ((count + 1) * len(table)), 1)):
         present = padded[:, start[node, None] + offsets.order[listed[node]]]
-        waiting = torch.where(present >= 0, number, count)
+        waiting = F.pad(torch.where(present >= 0, number, count), (0, 1), value=count)  # lists may be empty
         first = []
         for _ in range(k):
             first.append(waiting.amin(dim=2, keepdim=True).long())
-            waiting.scatter_(2, first[-1].clamp(max=count - 1), count)
+            waiting.scatter_(2, first[-1], count)
         first = torch.cat(first, dim=2)  # count, where there are fewer than k
         places.append(F.pad(present, (0, 1), value=-1).gather(2, first))
         distances.append(F.pad(offsets.distance[listed[node]], (0, 1)).expand(len(table), -1, -1).gather(2, first))

@@ -107,7 +107,10 @@ def nearest(
     bands, together = (grid_size + BAND - 1) // BAND, grid_size // groups
     apart = (width + 2 * reach_columns + step - 1) // step
     stride = step * apart
-    band_size = (BAND * height // grid_size + 2 + 2 * reach_rows) * stride
+    tall = 0
+    for begin in range(0, grid_size, BAND):
+        tall = max(tall, (start[min(begin + BAND, grid_size) - 1] - start[begin]) // stride + 1)
+    band_size = (tall + 2 * reach_rows) * stride
     padded = np.empty(batch * bands * band_size, np.int32)
     scratch = batch * bands * (together + LINE)  # a line between the numbers of two threads, which they would fight for
     seen, found = np.empty(scratch, np.uint32), np.empty(scratch, np.int32)

@@ -3,7 +3,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.coordinates import Coordinates
 from models import load
-from tests.models.tiny import SIZE, tiny_config
+from tests.models.tiny import SIZE, tiny_config, tiny_latent_config
 
 
 class Casts(TorchDispatchMode):
@@ -29,3 +29,10 @@ def test_autocast_casts_the_weights_of_convolutions_once_in_all_evaluations(monk
         for _ in range(3):
             decoder(torch.zeros(1, SIZE**2, 3), torch.zeros(1), z, coords)
     assert not decoder.training and casts.count == len(kernels) > 0
+
+
+def test_a_latent_model_is_loaded_alike(monkeypatch):
+    monkeypatch.setattr(load, "_load", lambda *_: {"encoder": "e", "mean": torch.zeros(6), "std": torch.ones(6)})
+    monkeypatch.setattr(load, "digest", lambda _: "e")
+    model, _, _ = load.load_latent_model(tiny_latent_config(), torch.device("cpu"), torch.nn.Identity())
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())

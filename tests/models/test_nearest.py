@@ -41,7 +41,7 @@ def check_against_the_definition(coords, grid_size, k):
             assert squared_distance[b, node].tolist() == pytest.approx([float(d) for d, _, _ in expected], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (12, 5), (1, 6)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (12, 5), (1, 6), (40, 1)])
 @pytest.mark.parametrize("grid_size", [1, 4, 5, 11])
 def test_exact_with_ties_by_raster_index(size, grid_size):
     pixels = size[0] * size[1]
@@ -51,7 +51,9 @@ def test_exact_with_ties_by_raster_index(size, grid_size):
             check_against_the_definition(coords, grid_size, k)
 
 
-@pytest.mark.parametrize(("size", "grid_size"), [((64, 64), 32), ((48, 96), 32), ((40, 100), 33), ((35, 65), 20)])
+@pytest.mark.parametrize(("size", "grid_size"), [
+    ((64, 64), 32), ((48, 96), 32), ((40, 100), 33), ((35, 65), 20), ((40, 64), 65), ((200, 2), 5),
+])
 @pytest.mark.parametrize("share", [1, 4, 32])
 def test_grids_of_many_rows(monkeypatch, size, grid_size, share):
     """Both searches agree bit for bit, also where a thread has several bands of rows, and lists are long."""

@@ -61,6 +61,14 @@ def test_parts_of_the_points_are_added_up(outputs, monkeypatch):
     check_against_loops(*draw((7, 11), 1 / 2, (1, 3, 5, *outputs), "sorted"), tolerance=1e-4)
 
 
+@pytest.mark.parametrize("outputs", KINDS)
+def test_coordinates_of_any_strides(outputs):
+    features, weight, coords = draw((6, 7), 1 / 2, (3, 5, 4, *outputs), "shuffled")
+    apart = Coordinates(coords.index.T.contiguous().T, coords.size)
+    assert not apart.index.is_contiguous()
+    check_against_loops(features, weight, apart, tolerance=1e-4)
+
+
 def test_sums_are_taken_in_float32(monkeypatch):
     """2 303 ones: a running sum in bfloat16 stops at 256, and one in float16 at 2 048."""
     monkeypatch.setattr(backend, "POINTS", 1024)

@@ -44,7 +44,7 @@ def small_blocks(monkeypatch):
 def draw(shape, modulated=True, dtype=torch.float32):
     """(x, LayerNorm, FiLM, modulation, gradient of the result): random, of which all but the last need gradients.
 
-    Scale and shift are parts of one matrix, as those of models.conditioning.Conditioning.
+    Scale and shift are parts of matrices, as those of models.conditioning.Conditioning, here of unequal strides.
     """
     generator = torch.Generator().manual_seed(sum(shape))
     norm, film = nn.LayerNorm(shape[-1]), FiLM(shape[-1])
@@ -52,8 +52,8 @@ def draw(shape, modulated=True, dtype=torch.float32):
     for parameter in norm.parameters():
         nn.init.normal_(parameter, mean=0.5, generator=generator)
     x = (torch.randn(shape, generator=generator) * 2 + 1).to(DEVICE, dtype).requires_grad_()
-    wide = torch.randn(shape[0], 3 * shape[-1] + 1, generator=generator).to(DEVICE)
-    vectors = [wide[:, 1 + i * shape[-1]:][:, :shape[-1]].requires_grad_() for i in (0, 2)]
+    wide = [torch.randn(shape[0], parts * shape[-1] + 1, generator=generator).to(DEVICE) for parts in (3, 2)]
+    vectors = [matrix[:, 1 : 1 + shape[-1]].requires_grad_() for matrix in wide]
     grad = torch.randn(shape, generator=generator).to(DEVICE, dtype)
     return x, norm.to(DEVICE), film, [tuple(vectors)] if modulated else None, grad
 
