@@ -1,6 +1,7 @@
 """The training set of the latent model: every image, with its mirror image, encoded once and kept on disk."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from data.loader import all_batches
 from utils import distributed
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.stop import Stopped, StopRequest, exit_code
+
+SAVE_SECONDS = 60  # between two times that what is encoded so far is written
 
 
 @dataclass
@@ -34,17 +38,54 @@ def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, 
 
     key       of latents_key
     encode    images [B, C, H, W] -> latents [B, Z]
+    A run that is killed goes on from what it had saved; one that is asked to stop saves, and raises utils.stop.Stopped.
     """
     saved = _read(path, key)
     if distributed.any_rank(saved is None):
         saved = {"kind": "latents", "key": key}
-        for name, dataset in (("train", train_set), ("heldout", heldout_set)):
-            saved[name] = _encode_all(encode, dataset, batch_size, device, num_workers, f"encoding {name} images")
-        if distributed.is_main():
-            save_checkpoint(path, saved)
+        with StopRequest() as request:
+            part = _Part(path, f"{key} {batch_size}", request)
+            for name, dataset in (("train", train_set), ("heldout", heldout_set)):
+                saved[name] = _encode_all(encode, dataset, batch_size, device, num_workers, name, part)
+            if distributed.is_main():
+                save_checkpoint(path, saved)
+                part.remove()
+            part.check()
     mean = saved["train"].mean(0)
     std = saved["train"].std(0).clamp_min(1e-6)  # a dimension that the encoder does not use stays zero
     return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std)
+
+
+class _Part:
+    """What this process has encoded so far: {pass over a data set: [latents of a batch, ...]}, beside the cache."""
+
+    def __init__(self, path, key, request):
+        self.whole, self.key, self.request = path, key, request
+        self.path = path.with_name(f"{path.stem}.{distributed.rank()}_of_{distributed.world_size()}.pt")
+        saved = _read(self.path, key)
+        self.done, self.time = saved["done"] if saved else {}, time.monotonic()
+
+    def batches(self, name):
+        """Those of a pass, to which the next ones are to be appended."""
+        return self.done.setdefault(name, [])
+
+    def keep(self):
+        """Call after every batch."""
+        if self.request.signal or time.monotonic() - self.time >= SAVE_SECONDS:
+            save_checkpoint(self.path, {"kind": "latents", "key": self.key, "done": self.done})
+            self.time = time.monotonic()
+        self.check()
+
+    def check(self):
+        """Stopped, where a signal has come."""
+        if self.request.signal:
+            raise Stopped(f"stopped by {self.request.signal.name} while encoding images and has saved them; "
+                          "the same command goes on", exit_code(self.request.signal))
+
+    def remove(self):
+        """The cache is there: nobody needs the parts any more."""
+        for path in self.whole.parent.glob(f"{self.whole.stem}.*_of_*.pt"):
+            path.unlink()
 
 
 def _read(path, key):
@@ -55,14 +96,16 @@ def _read(path, key):
     return saved if saved["key"] == key else None
 
 
-def _encode_all(encode, dataset, batch_size, device, num_workers, title):
-    latents = []
+def _encode_all(encode, dataset, batch_size, device, num_workers, name, part):
+    latents, title = [], f"encoding {name} images"
     sides = (False, True) if dataset.flips else (False,)
     with tqdm(total=len(sides) * len(dataset), desc=title, unit="image", disable=not distributed.is_main()) as progress:
         for mirrored in sides:
-            own = []
-            for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored=mirrored, divided=True):
+            own = part.batches(f"{name}, mirrored" if mirrored else name)
+            progress.update(sum(map(len, own)) * distributed.world_size())
+            for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored, True, len(own)):
                 own.append(encode(images).float().cpu())
                 progress.update(len(images) * distributed.world_size())
+                part.keep()
             latents.append(distributed.concatenate(own))
     return torch.cat(latents)

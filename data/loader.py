@@ -47,17 +47,19 @@ def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, dev
         yield Batch(images, index)
 
 
-def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False, divided=False):
+def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False, divided=False, start=0):
     """Yield (images float32 [B, C, H, W] in [-1, 1], item indices int64 [B]) over the whole set once, in order.
 
     mirrored   every image flipped from left to right, or none
     divided    the batches are divided between the processes: a contiguous part for each, in the order of ranks
+    start      how many of this process's batches to leave out, at the beginning
     The last batch may be smaller.
     """
     starts = range(0, len(dataset), batch_size)
     if divided:
         starts = [starts[place] for place in distributed.share(len(starts))]
-    keys = ([(i, i, mirrored) for i in range(start, min(start + batch_size, len(dataset)))] for start in starts)
+    starts = starts[start:]
+    keys = ([(i, i, mirrored) for i in range(first, min(first + batch_size, len(dataset)))] for first in starts)
     yield from _load(dataset, keys, min(num_workers, len(starts)), device)
 
 

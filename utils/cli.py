@@ -49,7 +49,8 @@ def run(main, shared=False, several=()):
         _fail(_unknown_field(error))
     except OSError as error:  # a full disk; or how ml_collections reports a --config file that does not load
         if "ml_collections" in _raised_in(error):
-            _fail(f"a config file could not be loaded: {error}")
+            tried = re.search(r"Attempted \[.*?\]:\s+(\S.*)", str(error))
+            _fail(f"a config file could not be loaded: {f'there is no {tried[1]}' if tried else error}")
         _fail(str(error), code=1)
     except torch.OutOfMemoryError as error:
         _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or --max_points and "

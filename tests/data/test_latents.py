@@ -1,0 +1,95 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from data import latents
+from data.latents import load_latents
+from utils.stop import REQUEUE, Stopped
+
+
+class Numbers:
+    """A data set of `count` images, each of one colour of its own and not the same from left to right."""
+
+    flips = True
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, item):
+        return torch.arange(12).view(3, 2, 2).add(item).to(torch.uint8)
+
+
+class Encoder:
+    """images -> latents; at its call number `last` it does something else as well."""
+
+    def __init__(self, last=0, then=None):
+        self.calls, self.last, self.then = 0, last, then
+
+    def __call__(self, images):
+        self.calls += 1
+        if self.calls == self.last:
+            self.then()
+        return images[:, :, 0, 0] ** 2
+
+
+def load(folder, encode, batch_size=2):
+    return load_latents(folder / "latents.pt", "key", encode, Numbers(7), Numbers(3), batch_size, "cpu")
+
+
+def fail():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """Of a run of 12 batches that nobody disturbs."""
+    (tmp_path / "whole").mkdir()
+    encode = Encoder()
+    found = load(tmp_path / "whole", encode)
+    assert encode.calls == 12 and found.train.shape == (14, 3) and found.heldout.shape == (6, 3)
+    return found
+
+
+def check_is_whole(folder, found, expected):
+    assert torch.equal(found.train, expected.train) and torch.equal(found.heldout, expected.heldout)
+    assert [path.name for path in folder.glob("latents*")] == ["latents.pt"]
+    encode = Encoder()
+    assert torch.equal(load(folder, encode).train, expected.train) and not encode.calls
+
+
+@pytest.mark.parametrize("last", [1, 6, 12])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, expected, last):
+    with pytest.raises(Stopped, match="stopped by SIGTERM while encoding") as stopped:
+        load(tmp_path, Encoder(last, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert stopped.value.code == REQUEUE
+    encode = Encoder()
+    check_is_whole(tmp_path, load(tmp_path, encode), expected)
+    assert encode.calls == 12 - last
+
+
+def test_a_killed_run_goes_on_from_what_it_had_saved(tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(latents, "SAVE_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path, Encoder(9, fail))
+    encode = Encoder()
+    check_is_whole(tmp_path, load(tmp_path, encode), expected)
+    assert encode.calls == 12 - 8
+
+
+def test_parts_of_other_batches_or_damaged_ones_are_not_used(tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(latents, "SAVE_SECONDS", 0)
+    for batch_size, damage in ((3, False), (2, True)):
+        with pytest.raises(KeyboardInterrupt):
+            load(tmp_path, Encoder(3, fail), batch_size)
+        part, = tmp_path.glob("latents.*_of_*.pt")
+        if damage:
+            part.write_bytes(part.read_bytes()[:300])
+        encode = Encoder()
+        load(tmp_path, encode)
+        assert encode.calls == 12
+        (tmp_path / "latents.pt").unlink()
