@@ -115,7 +115,7 @@ def test_nearest_pixels_and_interpolation_agree_with_exact_search(coords, grid_s
     features = features_at(coords, 2, seed) * scale
     place, _ = nearest.nearest_pixels(coords, grid_size, k)
     offsets = nearest._offsets(coords.size, grid_size, coords.num_points, k, torch.device("cpu"))
-    same, _ = nearest._search_torch(coords.table.unflatten(1, coords.size), offsets, grid_size, k)
+    same, _ = nearest._search_torch(coords.table, offsets)
     grid = knn_to_grid(features, coords, grid_size, k)
     back = grid_to_points(grid, coords)
     for image, pixels in enumerate(coords.index.tolist()):
