@@ -55,6 +55,7 @@ class _Offsets:
     size ...    (H, W), G and k of the search
     reach       rows and columns that are added on each side of the image
     step        columns between the pixels of nodes that share a list; groups is how many lists a row of nodes needs
+    apart       how far apart in a padded image a column and the next one are; step · apart is the length of a row
     start       int64 [G], first int64 [G]
     order       int64 [lists, n]
     distance    float32 [lists, n], squared distances in [0, 1]²
@@ -66,6 +67,7 @@ class _Offsets:
     k: int
     reach: tuple
     step: int
+    apart: int
     groups: int
     start: torch.Tensor
     first: torch.Tensor
@@ -77,7 +79,8 @@ class _Offsets:
     def arguments(self):
         """All of these in the order in which the compiled search takes them."""
         tensors = (torch.int64, self.start, self.first, self.order), (torch.float32, self.distance)
-        numbers = *self.size, self.grid_size, self.k, *self.order.shape, *self.reach, self.step, self.groups, self.unit
+        layout = *self.reach, self.step, self.apart, self.groups
+        numbers = *self.size, self.grid_size, self.k, *self.order.shape, *layout, self.unit
         return *compiled.addresses(tensors), *numbers
 
 
@@ -104,7 +107,7 @@ def _offsets(size, grid_size, num_points, k, device):
     step, node = lists[1] * width // grid_size, torch.arange(grid_size, device=device)
     rows, columns = order // (2 * reach[1] + 1) - reach[0], order % (2 * reach[1] + 1)  # from the added ones on
     columns += _holding(node[: lists[1]], width, grid_size).repeat(lists[0])[:, None]
-    stride, apart = _stride(width, reach[1], step)
+    apart = -(-(width + 2 * reach[1]) // step)
     unit = (math.gcd(*size) / (2 * height * width * grid_size)) ** 2
     return _Offsets(
         size=size,
@@ -112,10 +115,11 @@ def _offsets(size, grid_size, num_points, k, device):
         k=k,
         reach=tuple(reach),
         step=step,
+        apart=apart,
         groups=lists[1],
-        start=(_holding(node, height, grid_size) + reach[0]) * stride,
+        start=(_holding(node, height, grid_size) + reach[0]) * step * apart,
         first=node % lists[0] * lists[1],
-        order=rows * stride + columns % step * apart + columns // step,
+        order=rows * step * apart + columns % step * apart + columns // step,
         distance=(distance * unit).float(),
         unit=unit,
     )
@@ -124,12 +128,6 @@ def _offsets(size, grid_size, num_points, k, device):
 def _holding(node, length, grid_size):
     """The pixels of an axis that hold these nodes; two of them may share one, and one between two goes to the later."""
     return (2 * node + 1) * length // (2 * grid_size)
-
-
-def _stride(width, reach, step):
-    """(numbers in a row of images as _padded arranges them, numbers between a column and the next one)."""
-    apart = -(-(width + 2 * reach) // step)
-    return step * apart, apart
 
 
 def _choose_search(device):
@@ -171,9 +169,9 @@ def _search_triton(table, offsets):
 def _padded(table, offsets):
     """The table with absent pixels around each image, and columns `step` apart side by side: int32 [B, padded size]."""
     (height, width), (rows, columns) = offsets.size, offsets.reach
-    stride, apart = _stride(width, columns, offsets.step)
-    padded = F.pad(table.view(-1, height, width), (columns, stride - width - columns, rows, rows), value=-1)
-    return padded.unflatten(2, (apart, offsets.step)).transpose(2, 3).flatten(1)
+    right = offsets.step * offsets.apart - width - columns
+    padded = F.pad(table.view(-1, height, width), (columns, right, rows, rows), value=-1)
+    return padded.unflatten(2, (offsets.apart, offsets.step)).transpose(2, 3).flatten(1)
 
 
 def _search_torch(table, offsets):

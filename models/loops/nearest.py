@@ -85,7 +85,7 @@ def look(padded, row, order, begin, end, seen, node, together):
 @compiled()  # exact comparison of distances: no fastmath
 def nearest(
     table, place, squared_distance, batch, start, first, order, distance, height, width, grid_size, k, lists, count,
-    reach_rows, reach_columns, step, groups, unit,
+    reach_rows, reach_columns, step, apart, groups, unit,
 ):
     """The k nearest present pixels of every node of a grid; see models/nearest.py. Tensors come as their addresses.
 
@@ -105,7 +105,6 @@ def nearest(
 
     looks = count // AT_ONCE * AT_ONCE
     bands, together = (grid_size + BAND - 1) // BAND, grid_size // groups
-    apart = (width + 2 * reach_columns + step - 1) // step
     stride = step * apart
     tall = 0
     for begin in range(0, grid_size, BAND):

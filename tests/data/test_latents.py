@@ -6,22 +6,8 @@ import torch
 
 from data import latents
 from data.latents import load_latents
+from tests.data.numbers import Numbers
 from utils.stop import REQUEUE, Stopped
-
-
-class Numbers:
-    """A data set of `count` images, each of one colour of its own and not the same from left to right."""
-
-    flips = True
-
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, item):
-        return torch.arange(12).view(3, 2, 2).add(item).to(torch.uint8)
 
 
 class Encoder:
@@ -70,6 +56,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, expected, last):
     encode = Encoder()
     check_is_whole(tmp_path, load(tmp_path, encode), expected)
     assert encode.calls == 12 - last
+
+
+def test_a_signal_while_the_cache_is_written_is_not_lost(tmp_path, expected, monkeypatch):
+    save = latents.save_checkpoint
+    monkeypatch.setattr(latents, "save_checkpoint", lambda *a: (os.kill(os.getpid(), signal.SIGUSR1), save(*a)))
+    with pytest.raises(Stopped, match="stopped by SIGUSR1"):
+        load(tmp_path, Encoder())
+    check_is_whole(tmp_path, load(tmp_path, Encoder()), expected)
 
 
 def test_a_killed_run_goes_on_from_what_it_had_saved(tmp_path, expected, monkeypatch):

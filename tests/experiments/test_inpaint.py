@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import generate
+from experiments import sampling
 from tests.scripts import only_line, run_script
 from utils.images import read_image
 
@@ -104,3 +106,16 @@ def test_a_mask_that_leaves_too_little_is_one_line(trained, tmp_path):
     line = only_line(run_script(INPAINT, *trained[1], "--mask", tmp_path / "mask.png",
                                 "--sampling_steps=3"))
     assert "fewer known pixels than model.knn_neighbours=3" in line
+
+
+def test_no_more_pixels_at_a_time_than_fit_and_no_gradients_of_weights(trained, tmp_path, monkeypatch):
+    made, decode = [], generate.decode
+
+    def watched(decoder, diffusion, z, *args, **options):
+        made.append((len(z), any(parameter.requires_grad for parameter in decoder.parameters())))
+        return decode(decoder, diffusion, z, *args, **options)
+
+    monkeypatch.setattr(generate, "decode", watched)
+    monkeypatch.setattr(sampling, "MAX_POINTS", 2 * 18 * 20)
+    inpaint(trained, tmp_path / "o", "--num_samples=3", "--sample_img_size=18x20", "--config.train.sample_size=3")
+    assert made == [(2, False), (1, False)]

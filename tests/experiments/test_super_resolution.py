@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffusion import generate
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from utils.images import read_image, to_pil
@@ -97,3 +98,12 @@ def test_options_change_what_they_should(flags, tmp_path):
 def test_mistakes_are_one_line(flags, tmp_path, monkeypatch, wrong, named):
     monkeypatch.chdir(tmp_path)
     assert named in only_line(run_script(SUPER_RESOLUTION, *flags, *wrong)) and not list(tmp_path.iterdir())
+
+
+def test_no_more_pixels_at_a_time_than_fit(flags, tmp_path, monkeypatch):
+    made, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda decoder, diffusion, z, *args, **options: (
+        made.append(len(z)), decode(decoder, diffusion, z, *args, **options))[1])
+    enlarge(flags, tmp_path / "o", "--consistency=0", "--num_samples=3", "--config.train.sample_size=3", "--scale=2",
+            f"--max_points={2 * 32 * 32}")
+    assert made == [2, 1]

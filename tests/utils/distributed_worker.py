@@ -17,6 +17,7 @@ import torch
 from data.latents import load_latents
 from data.loader import training_batches, training_positions
 from diffusion.timestep_samplers import LossSecondMomentSampler
+from tests.data.numbers import Numbers
 from tests.tiny import tiny_config
 from utils import cli, distributed
 from utils.errors import UserError
@@ -25,21 +26,6 @@ from utils.features import FeatureModel, extract
 from utils.folder import ImageFolder
 from utils.metrics import statistics
 from utils.trainer import Trainer
-
-
-class Numbers:
-    """A data set of `count` images, each of one colour of its own."""
-
-    flips = True
-
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, item):
-        return torch.tensor([10 * item, item, 0], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
 
 
 def helpers():
