@@ -19,6 +19,7 @@ from models.nearest import nearest_pixels
 from models.sparse_conv import BACKENDS, available_backends, sparse_conv
 from tests.reference.autoencoder import ReferenceDecoder, ReferenceEncoder, nearest_points
 from utils import rng
+from utils.adamw import AdamW
 from utils.device import autocast, resolve_dtype
 from utils.timing import copy_bandwidth, interleaved, matmul_peak, peak_memory
 
@@ -83,8 +84,8 @@ class Step:
         self.encoder, self.decoder = modules["encoder"], modules["decoder"]
         if reference:
             self.encoder, self.decoder = ReferenceEncoder(self.encoder), ReferenceDecoder(self.decoder)
-        how = {"foreach": False} if reference else {"fused": True}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, **how)
+        self.optimizer = (torch.optim.AdamW(self.parameters, lr=1e-4, foreach=False) if reference
+                          else AdamW(self.parameters, lr=1e-4))
         self.diffusion = build_diffusion(cfg)
         self.step = 0
 
@@ -110,7 +111,8 @@ class Step:
         if self.reference:
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
         else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.parameters])))
+            gradients = [weight.grad for weight in self.optimizer.take_gradients()]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self.optimizer.grad_scale, self.optimizer.found_inf = norm.clamp(min=1), torch.zeros_like(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils.adamw import AdamW
+
 SHOWN = 3  # tensors that a message names
 
 
@@ -25,11 +27,10 @@ class Update:
     def __init__(self, config, modules, device, dtype):
         optimizer = config.optimizer
         self.config, self.device = config, device
-        self.named_parameters = list(modules.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.named_parameters], lr=optimizer.learning_rate,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2), weight_decay=optimizer.get("weight_decay", 0.0),
-            fused=True)
+        self.names, parameters = zip(*modules.named_parameters(), strict=True)
+        self.optimizer = AdamW(
+            parameters, lr=optimizer.learning_rate, betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            weight_decay=optimizer.get("weight_decay", 0.0))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.skipped = 0  # steps left out by optimizer.gradient_skip
         self.nonfinite = 0  # by train.nonfinite=skip
@@ -50,9 +51,10 @@ class Update:
         optimizer = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        names, parameters = zip(*[(n, p) for n, p in self.named_parameters if p.grad is not None], strict=True)
+        weights = zip(self.names, self.optimizer.take_gradients(), strict=True)
+        names, gradients = zip(*[(n, weight.grad) for n, weight in weights if weight.grad is not None], strict=True)
         self.scaler.unscale_(self.optimizer)
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+        norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
 
         finite, loss_finite = norm.isfinite(), terms["loss"].detach().isfinite()
