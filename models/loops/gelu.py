@@ -1,4 +1,7 @@
-"""GELU and its gradient, h Φ(h) and Φ(h) + h φ(h) with the normal distribution Φ and its density φ."""
+"""GELU and its gradient, h Φ(h) and Φ(h) + h φ(h) with the normal distribution Φ and its density φ.
+
+The bias of the Linear before it is added in passing: PyTorch would write it to all rows, and read it from there.
+"""
 
 import numpy as np
 from numba import njit, prange
@@ -36,14 +39,28 @@ def normal(h):
     return density, (tail if h < f32(0) else f32(1) - tail)
 
 
+@njit(inline="always")
+def add(bias, rows):
+    """rows [N, C] += bias [C]."""
+    for r in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            rows[r, c] += bias[c]
+
+
 @compiled(**VECTOR)
-def forward(h, kind, size):
-    """h = GELU(h). The address of `size` numbers, float32 or the bits of bfloat16, of which kind is one."""
-    h = array(h, size, kind)
-    for job in prange((size + BLOCK - 1) // BLOCK):
-        part = slice(job * BLOCK, min((job + 1) * BLOCK, size))
+def forward(h, bias, kind, rows, channels):
+    """h = GELU(h + bias); tensors come as their addresses.
+
+    h       [rows, channels], float32 or the bits of bfloat16, of which kind is one number
+    bias    float32 [channels]
+    """
+    h, bias = array(h, rows * channels, kind), array(bias, channels, f32(0))
+    step = max(BLOCK // channels, 1)
+    for job in prange((rows + step - 1) // step):
+        part = slice(job * step * channels, min((job + 1) * step, rows) * channels)
         values = np.empty(h[part].size, np.float32)
         convert(h[part], values)
+        add(bias, values.reshape(-1, channels))
         for i in range(values.size):
             density, distribution = normal(values[i])
             values[i] *= distribution
@@ -51,14 +68,17 @@ def forward(h, kind, size):
 
 
 @compiled(**VECTOR)
-def backward(h, grad, kind, size):
-    """grad, the gradient of GELU(h), becomes that of h, and h = GELU(h)."""
-    h, grad = array(h, size, kind), array(grad, size, kind)
-    for job in prange((size + BLOCK - 1) // BLOCK):
-        part = slice(job * BLOCK, min((job + 1) * BLOCK, size))
+def backward(h, bias, grad, kind, rows, channels):
+    """grad, the gradient of GELU(h + bias), becomes that of h, and h = GELU(h + bias)."""
+    h, grad = array(h, rows * channels, kind), array(grad, rows * channels, kind)
+    bias = array(bias, channels, f32(0))
+    step = max(BLOCK // channels, 1)
+    for job in prange((rows + step - 1) // step):
+        part = slice(job * step * channels, min((job + 1) * step, rows) * channels)
         values, g = np.empty(h[part].size, np.float32), np.empty(h[part].size, np.float32)
         convert(h[part], values)
         convert(grad[part], g)
+        add(bias, values.reshape(-1, channels))
         for i in range(values.size):
             density, distribution = normal(values[i])
             g[i] *= distribution + values[i] * density
