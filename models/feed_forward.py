@@ -11,7 +11,7 @@ from torch import nn
 from models import compiled
 from models.derivatives import first_order_only
 
-PARTS = 8  # of the rows, in the gradient of a weight; sums do not depend on the number of cores
+PARTS, MANY = 8, 4096  # the gradient of a weight is a sum over all rows: of so many, it is added up in parts
 
 
 class FeedForward(nn.Sequential):
@@ -48,7 +48,7 @@ class _Fused(torch.autograd.Function):
         ctx.dtype = dtype
         ctx.save_for_backward(x, weight_in, bias_in, weight_out)
         hidden = F.linear(_rows(x, dtype), weight_in.to(dtype))  # without the bias, which the loop adds
-        tensors = [(dtype, hidden), (torch.float32, bias_in)]
+        tensors = [(dtype, hidden), (torch.float32, bias_in.contiguous())]
         compiled.run_at("gelu.forward", tensors, compiled.kind(dtype), *hidden.shape)
         return F.linear(hidden, weight_out.to(dtype), bias_out.to(dtype)).view(*x.shape[:-1], -1)
 
@@ -61,7 +61,7 @@ class _Fused(torch.autograd.Function):
         grad = grad.reshape(len(rows), -1)
         with torch.autocast("cpu", enabled=False):  # it may be another than that of the forward pass
             hidden, grad_hidden = F.linear(rows, weight_in), grad @ weight_out
-            tensors = [(dtype, hidden), (torch.float32, bias_in), (dtype, grad_hidden)]
+            tensors = [(dtype, hidden), (torch.float32, bias_in.contiguous()), (dtype, grad_hidden)]
             compiled.run_at("gelu.backward", tensors, compiled.kind(dtype), *hidden.shape)
             # now `hidden` is what went into the second Linear, and `grad_hidden` the gradient of what left the first
             if needed[0]:
@@ -78,7 +78,7 @@ def _rows(x, dtype):
 
 
 def _sum_of_products(a, b):
-    """a.T @ b in float32, of many rows [N, A] and [N, B]: in parts, because oneDNN gives a whole sum to one core. It is
-    quicker with the narrower of both first."""
-    parts = PARTS if len(a) % PARTS == 0 else 1
+    """a.T @ b in float32, of rows [N, A] and [N, B]; quicker where a is the narrower of both. Many rows are taken in
+    parts, because oneDNN gives a whole sum to one core."""
+    parts = PARTS if len(a) >= MANY and len(a) % PARTS == 0 else 1
     return torch.bmm(a.unflatten(0, (parts, -1)).mT, b.unflatten(0, (parts, -1))).sum(0, dtype=torch.float32)

@@ -6,7 +6,7 @@ from torch import nn
 from models import compiled
 from models.feed_forward import FeedForward
 
-SHAPES = [(2, 9, 32), (3, 5, 7, 24), (1, 1, 1), (2, 700, 33), (4100, 5), (2, 40, 3)]  # rows that are and are no 8 · n
+SHAPES = [(2, 9, 32), (3, 5, 7, 24), (1, 1, 1), (2, 700, 33), (4100, 5), (4104, 5)]  # the last in eight parts
 fused = pytest.mark.skipif(not compiled.is_available(), reason=compiled.unavailable_reason())
 
 
@@ -27,10 +27,10 @@ def expected(layer, x, grad):
     return out, *torch.autograd.grad(out, leaves, grad.double())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "hidden"), [*((shape, 40) for shape in SHAPES), ((3, 7), 5000)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_is_the_formula(shape, dtype, tolerance):
-    layer, x, grad = draw(shape)
+def test_is_the_formula(shape, hidden, dtype, tolerance):
+    layer, x, grad = draw(shape, hidden)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = layer(x)
     gradients = torch.autograd.grad(out, [x, *layer.parameters()], grad.to(dtype))
@@ -59,6 +59,31 @@ def test_dtypes_are_those_of_the_modules(dtype, mixed, monkeypatch):
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_give_the_same_on_any_number_of_threads(dtype):
+    layer, x, grad = draw((8192, 32), hidden=64)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = layer(x)
+            results.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], grad.to(dtype))])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@fused
+def test_a_bias_need_not_be_contiguous():
+    layer, x, grad = draw((2, 9, 32))
+    wanted = torch.autograd.grad(layer(x), list(layer.parameters()), grad)
+    layer[0].bias = nn.Parameter(layer[0].bias.detach().repeat_interleave(2)[::2])
+    for ours, theirs in zip(torch.autograd.grad(layer(x), list(layer.parameters()), grad), wanted, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @fused
@@ -193,9 +218,9 @@ def test_gelu_and_its_gradient_of_any_number(dtype):
     scale = wide.detach().abs().clamp(min=1e-3)
     tolerance = 3e-7 if dtype == torch.float32 else 2**-8  # of bfloat16, which rounds a derivative of 1.13 as well
     ours, grad, forward = h.clone(), torch.ones_like(h), h.clone()
-    none, sizes = (torch.float32, torch.zeros(9)), (compiled.kind(dtype), len(h) // 9, 9)
-    compiled.run_at("gelu.backward", [(dtype, ours), none, (dtype, grad)], *sizes)
-    compiled.run_at("gelu.forward", [(dtype, forward), none], *sizes)
+    no_bias, sizes = (torch.float32, torch.zeros(9)), (compiled.kind(dtype), len(h) // 9, 9)
+    compiled.run_at("gelu.backward", [(dtype, ours), no_bias, (dtype, grad)], *sizes)
+    compiled.run_at("gelu.forward", [(dtype, forward), no_bias], *sizes)
     for out in (ours, forward):
         assert ((out.double() - F.gelu(wide.detach())).abs() <= tolerance * scale).all()
     assert ((grad.double() - wide.grad).abs() <= 4 * tolerance).all()

@@ -66,6 +66,8 @@ def test_a_weight_without_a_gradient_stays_as_it_is():
     weights[3].grad = torch.ones_like(weights[3])
     optimizer.take_gradients()
     optimizer.step()
+    weights[2].grad = torch.ones_like(weights[2])  # and the gradient of the step before is forgotten
+    assert [view.grad is not None for view in optimizer.take_gradients()] == [n == 2 for n in range(len(weights))]
     changed = [not torch.equal(weight, kept) for weight, kept in zip(weights, before, strict=True)]
     assert changed == [place == 3 for place in range(len(weights))]
 
@@ -81,3 +83,33 @@ def test_moments_come_back_and_go_on():
     step(one, ours, 1)
     step(again, theirs, 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_state_of_pytorchs_optimizer_goes_on():
+    ours, theirs = layers(), layers()
+    before = torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
+    step(before, theirs, 0)
+    for one, other in zip(ours, theirs, strict=True):
+        one.data.copy_(other.data)
+    optimizer = AdamW(ours, **OPTIONS)
+    optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
+    step(optimizer, ours, 1)
+    step(before, theirs, 1)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_misuse_is_an_error_and_not_a_wrong_update():
+    convolution = nn.Conv2d(4, 6, 3)
+    other = AdamW(convolution.parameters(), **OPTIONS)
+    step(other, list(convolution.parameters()), 0)
+    with pytest.raises(ValueError, match="laid out otherwise"):
+        AdamW(Conv(4, 6, 3).parameters(), **OPTIONS).load_state_dict(other.state_dict())
+    convolution.weight.grad = torch.ones_like(convolution.weight)
+    with pytest.raises(RuntimeError, match="take_gradients"):
+        other.step()
+    convolution.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        other.take_gradients()
+    with pytest.raises(ValueError, match="gaps"):
+        AdamW([nn.Parameter(torch.randn(5, 6)[:, :3])])

@@ -148,6 +148,27 @@ def test_state_comes_back_with_the_scale():
     assert other.update.nonfinite == 1 and same(rig.everything(), other.everything())
 
 
+def test_gradients_are_gone_after_a_step_and_a_layer_may_have_none():
+    rig = Rig()
+    rig.modules["first"].weight.requires_grad_(False)
+    before = rig.modules["first"].weight.clone()
+    assert rig.step()[0] and torch.equal(rig.modules["first"].weight, before)
+    weights = [weight for group in rig.update.optimizer.param_groups for weight in group["params"]]
+    assert all(weight.grad is None for weight in [*weights, *rig.modules.parameters()])
+
+
+def test_weight_decay_is_that_of_the_config():
+    ends = []
+    for decay in (0.0, 0.5):
+        rig = Rig(optimizer__learning_rate=0.1, optimizer__warmup_steps=0)
+        rig.update.config.optimizer.weight_decay = decay
+        rig.update = Update(rig.update.config, rig.modules, torch.device("cpu"), torch.float32)
+        before = rig.modules["first"].weight.detach().clone()
+        rig.step()
+        ends.append(rig.modules["first"].weight.detach())
+    torch.testing.assert_close(ends[0] - ends[1], 0.1 * 0.5 * before)
+
+
 def test_reports_of_a_gpu_are_looked_at_one_step_later(monkeypatch):
     rig = Rig(train__nonfinite="skip")
     settle = rig.update.settle
