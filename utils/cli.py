@@ -83,6 +83,8 @@ def _parse(arguments):
     """Those arguments that are no flags. UserError for what a config file raises: it is Python, written by the user."""
     try:
         return flags.FLAGS(arguments)[1:]
+    except SystemExit:  # --help was given, which absl ends with 1
+        sys.exit(0)
     except (AttributeError, KeyError, OSError) as error:  # see run()
         if "ml_collections" in _raised_in(error):
             raise
