@@ -83,8 +83,10 @@ def _parse(arguments):
     """Those arguments that are no flags. UserError for what a config file raises: it is Python, written by the user."""
     try:
         return flags.FLAGS(arguments)[1:]
-    except SystemExit:  # --help was given, which absl ends with 1
-        sys.exit(0)
+    except SystemExit as ending:  # absl ends --help with 1; a config file has no business to end anything
+        if "absl" in _raised_in(ending):
+            sys.exit(0)
+        raise _config_file_error(ending) from ending
     except (AttributeError, KeyError, OSError) as error:  # see run()
         if "ml_collections" in _raised_in(error):
             raise

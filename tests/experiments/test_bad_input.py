@@ -136,6 +136,7 @@ FILES = {
     "needs what is not installed": ("import nothing_like_it", "No module named 'nothing_like_it', File"),
     "raises a TypeError": (GET_CONFIG + "    return 1 + 'a'\n", "could not be loaded: TypeError: unsupported operand"),
     "raises another error": (GET_CONFIG + "    return {}['a']\n", "could not be loaded: KeyError: 'a', File"),
+    "ends the process": ("import sys\n\nsys.exit(3)\n", "could not be loaded: SystemExit: 3, File"),
     "defines nothing": ("x = 1\n", "it has no function get_config()"),
     "returns nothing": (GET_CONFIG + "    pass\n", "--config is missing"),
     "returns something else": (GET_CONFIG + "    return ConfigDict({'a': 1})\n", "is not an autoencoder config"),

@@ -34,7 +34,8 @@ def build(request, monkeypatch, tmp_path):
         (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
         command = [pathlib.Path(nvidia.__file__).parent / "bin/cuobjdump", "--dump-resource-usage", "kernel.cubin"]
         usage = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        return sum(int(bytes) for bytes in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", usage).groups()
+        return int(stack) + int(local)
 
     return dtype, compile_for_it
 
