@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import tracing
 from models.normalisation import normalise
 from utils.errors import UserError
 
@@ -73,7 +74,7 @@ def _flash_attention(q, k, v):
     return _flash_attn().flash_attn_func(q, k, v)
 
 
-@torch.compiler.assume_constant_result  # torch.compile would follow the import, and break the graph there
+@tracing.constant  # torch.compile would follow the import, and break the graph there
 def _has_flash_attn():
     return _flash_attn() is not None
 

@@ -9,7 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from models import compiled
+from models import compiled, tracing
 from models.derivatives import first_order_only
 from models.nearest import nearest_pixels
 
@@ -43,7 +43,7 @@ def knn_mixture(coords, grid_size, k):
     return coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_mixture(coords, grid_size, k))
 
 
-@torch.compiler.disable  # what follows from the coordinates is looked up or computed, and never traced
+@tracing.untraced  # what follows from the coordinates is looked up or computed, and never traced
 def _knn_mixture(coords, grid_size, k):
     place, squared_distance = nearest_pixels(coords, grid_size, k)
     weight = 1 / squared_distance.clamp(min=TINY)

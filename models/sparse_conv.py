@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from models import tracing
 from models.fft_conv import FFT_TAPS
 from utils.errors import UserError
 
@@ -72,7 +73,7 @@ def available_backends():
     return [name for name in BACKENDS if not _unavailable_reason(name, depthwise=False)]
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not trace how it is found
+@tracing.constant  # torch.compile need not trace how it is found
 def resolve_backend(name, device, depthwise):
     """The backend that `name` ("auto" or a name of BACKENDS) stands for.
 

@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from models import compiled
+from models import compiled, tracing
 from models.compiled import is_available, run
 from models.sparse_conv import neighbour_counts
 
@@ -45,7 +45,7 @@ def sparse_conv(features, weight, coords):
     return correlate(features, weight, start, near, tap, ones, factor)
 
 
-@torch.compiler.disable
+@tracing.untraced
 def _neighbours(coords, kh, kw):
     """All pairs of a point and a point in its window, six bytes each, point by point.
 

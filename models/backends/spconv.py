@@ -7,6 +7,7 @@ back. spconv's `Native` algorithm runs on CPU and GPU. On CPU it has been compar
 
 import torch
 
+from models import tracing
 from models.derivatives import first_order_only
 from models.sparse_conv import neighbour_counts
 
@@ -28,7 +29,7 @@ def is_available():
     return not unavailable_reason()
 
 
-@torch.compiler.disable
+@tracing.untraced
 def sparse_conv(features, weight, coords):
     """K h of models.sparse_conv: features [B, L, C], weight [kh, kw, C, D] -> [B, L, D], in the features' dtype."""
     kh, kw = weight.shape[:2]

@@ -12,6 +12,7 @@ import inspect
 
 import torch
 
+from models import tracing
 from models.backends import torch_dense
 from models.sparse_conv import neighbour_counts
 
@@ -42,7 +43,7 @@ def is_available():
     return not unavailable_reason()
 
 
-@torch.compiler.disable
+@tracing.untraced
 def sparse_conv(features, weight, coords):
     """K h of models.sparse_conv: features [B, L, C], weight [kh, kw, C] or [kh, kw, C, D] -> [B, L, C or D].
 
