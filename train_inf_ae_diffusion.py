@@ -103,6 +103,7 @@ def main():
     train_set, heldout = build_dataset(cfg, train=True), build_dataset(cfg, train=False)
     config.check_batch_fits(cfg, len(train_set), "images")
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
+    plot_steps = min(PLOT_STEPS, cfg.diffusion.steps)
 
     Trainer(
         cfg, "autoencoder", modules,
@@ -112,7 +113,8 @@ def main():
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=functools.partial(pictures, dataset=shown, cfg=cfg, device=device,
-                               diffusion=build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps))),
+                               diffusion=build_diffusion(cfg, plot_steps)),
+        plot_steps=2 * plot_steps,  # of reconstructions, and of samples
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
     ).train()
     cli.point_to_report()

@@ -1,4 +1,4 @@
-"""Stage 2: train the diffusion model over the autoencoder's latents.
+r"""Stage 2: train the diffusion model over the autoencoder's latents.
 
     python train_latent_diffusion.py --config configs/ffhq_latent_config.py --config.run.experiment=ffhq_sampler \
         --decoder_config configs/ffhq_256_config.py --decoder_config.run.experiment=ffhq_mollified_256
@@ -111,6 +111,7 @@ def main():
         batches=lambda step: latent_batches(latents.train.to(device), cfg, step),
         validate=lambda ema: validation_loss(ema, latents.heldout.to(device), diffusion),
         plot=lambda ema, tick: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device, tick),
+        plot_steps=sum(min(PLOT_STEPS, one.diffusion.steps) for one in (cfg, decoder_cfg)),
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
         filename="latent_checkpoint.pt", best="validation_loss")
 

@@ -45,7 +45,7 @@ def autoencoder_config(img_size):
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100
-    train.plot_samples_steps = 5_000
+    train.plot_samples_steps = 5_000  # and at the end; 0: never
     train.validate_steps = 5_000
     train.checkpoint_steps = 5_000
     train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides
@@ -135,7 +135,7 @@ def latent_config():
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100
-    train.plot_samples_steps = 10_000
+    train.plot_samples_steps = 10_000  # and at the end; 0: never
     train.validate_steps = 1_000
     train.checkpoint_steps = 5_000
     train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides

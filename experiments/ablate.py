@@ -1,4 +1,4 @@
-"""Train and score variants of a config on a budget: one table, in results.md, .csv, .json and .png.
+r"""Train and score variants of a config on a budget: one table, in results.md, .csv, .json and .png.
 
     python experiments/ablate.py --config configs/ffhq_128_config.py --steps 100000 --output ablations
     python experiments/ablate.py --config configs/demo_config.py --minutes 1 --axes subsampling,kernel \

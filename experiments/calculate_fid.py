@@ -1,4 +1,4 @@
-"""Scores samples against real images: Fréchet distance (FID, FID_CLIP), KID, precision and recall.
+r"""Scores samples against real images: Fréchet distance (FID, FID_CLIP), KID, precision and recall.
 
     python experiments/calculate_fid.py --config configs/ffhq_256_config.py --samples samples/
     python experiments/calculate_fid.py --config configs/ffhq_latent_config.py \
@@ -35,26 +35,26 @@ from utils.scoring import compare
 
 FEW = 10_000  # images below which a Fréchet distance is clearly too high
 
-CONFIG = config.define_config_flag("config", "Stage-1 config, whose data set is the real images, or a latent config.")
-DECODER_CONFIG = config.define_config_flag("decoder_config", "Stage-1 config, where --config is a latent one.")
-SAMPLES = flags.DEFINE_string("samples", None, "Folder of the images to score; default: they are made.")
+CONFIG = config.define_config_flag("config", "stage-1 config, whose data set is the real images, or a latent config")
+DECODER_CONFIG = config.define_config_flag("decoder_config", "stage-1 config, where --config is a latent one")
+SAMPLES = flags.DEFINE_string("samples", None, "folder of the images to score; default: they are made")
 OPTIONS = define_sampling_flags()
-REAL = flags.DEFINE_string("real", None, "Folder of the real images, in place of a config's data set.")
-SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout", "all"], "Which real images of the config's data set.")
-REAL_SIZE = flags.DEFINE_string("real_img_size", None, "Pixels of a side of the real images, or HEIGHTxWIDTH; default: "
-                                "data.img_size, or that of the samples with --real or --crops.")
+REAL = flags.DEFINE_string("real", None, "folder of the real images, in place of a config's data set")
+SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout", "all"], "which real images of the config's data set")
+REAL_SIZE = flags.DEFINE_string("real_img_size", None, "pixels of a side of the real images, or HEIGHTxWIDTH; default: "
+                                "data.img_size, or that of the samples with --real or --crops")
 FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS),
-                                  "Network whose features are compared.")
-WEIGHTS = flags.DEFINE_string("weights", None, "File with the weights of the feature network.")
-DOWNLOAD = flags.DEFINE_bool("download", False, "Download the weights if they are not on this machine.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many samples, the first by name; default: all in the "
-                                   "folder, or data.fid_samples where they are made.", lower_bound=1)
-CROPS = flags.DEFINE_integer("crops", None, "Compare so many random crops of both sides at full resolution, instead of "
-                             "resized images.", lower_bound=MIN_IMAGES)
-CROP_SIZE = flags.DEFINE_integer("crop_size", None, "Side of a crop; default: that of the network.", lower_bound=16)
-NEIGHBOURS = flags.DEFINE_integer("neighbours", 3, "k of precision and recall.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images in a batch.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "Also write the scores to this JSON file.")
+                                  "network whose features are compared")
+WEIGHTS = flags.DEFINE_string("weights", None, "file with the weights of the feature network")
+DOWNLOAD = flags.DEFINE_bool("download", False, "download the weights if they are not on this machine")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many samples, the first by name; default: all in the "
+                                   "folder, or data.fid_samples where they are made", lower_bound=1)
+CROPS = flags.DEFINE_integer("crops", None, "compare so many random crops of both sides at full resolution, instead of "
+                             "resized images", lower_bound=MIN_IMAGES)
+CROP_SIZE = flags.DEFINE_integer("crop_size", None, "side of a crop; default: that of the network", lower_bound=16)
+NEIGHBOURS = flags.DEFINE_integer("neighbours", 3, "k of precision and recall", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images in a batch", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "also write the scores to this JSON file")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""How far samples of one model at different sizes are the same images, and a window that part of the whole.
+r"""How far samples of one model at different sizes are the same images, and a window that part of the whole.
 
     python experiments/compare_resolutions.py --reference demo/samples_1x --samples demo/samples_2x,demo/samples_4x \
         [--output comparison.json]

@@ -1,4 +1,4 @@
-"""Sample a folder of images, 00000.png, 00001.png, …, at any resolution.
+r"""Sample a folder of images, 00000.png, 00001.png, …, at any resolution.
 
     python experiments/generate_samples.py --config configs/ffhq_latent_config.py \
         --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512] \

@@ -3,8 +3,8 @@
     python experiments/report.py --config configs/ffhq_256_config.py
     python experiments/report.py --config configs/ffhq_latent_config.py --decoder_config configs/ffhq_256_config.py
 
-It shows what is there: the metrics and pictures of the runs, and images and JSON files that generate_samples.py,
-generate_recons.py and calculate_fid.py have left in samples/<experiment>_… and reconstructions/<experiment>_… or, with
+It shows what is there: the metrics and pictures of the runs, and images and JSON files that the other scripts have left
+in samples/, reconstructions/, super_resolution/, inpainting/ and interpolation/ under the name of the run or, with
 --folder, in that folder and those below it.
 """
 
@@ -48,20 +48,23 @@ def main():
                             "run.experiment to those of the training run")
     folders = image_folders(autoencoder, latent)
     made, recons = sections.find_made(folders)
+    applied = sections.find_applications(folders, autoencoder)
     records = [found for folder in folders for path in sorted(folder.glob("*.json"))
                if "kid" in (found := read_json(path))]
     defaults = [latent_config() if run is latent else autoencoder_config(run.data.img_size) for run in runs]
     body = "".join([
         summary(autoencoder, latent), sections.progress(runs), sections.samples(made, autoencoder),
         sections.reconstructions(recons, autoencoder), sections.memorisation(made, autoencoder, SEARCH.value),
-        sections.scores(records), sections.pictures(runs, autoencoder.data.img_size), sections.curves(runs),
+        sections.applications(applied, autoencoder), sections.scores(records),
+        sections.pictures(runs, autoencoder.data.img_size), sections.curves(runs),
         sections.config_changes(zip(runs, defaults, strict=True)), sections.times(runs, made + recons),
         sections.origin(runs)])
     output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
     with replacing(output) as temporary:
         temporary.write_text(string.Template(TEMPLATE.read_text()).substitute(
             title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body))
-    print(f"report: {len(made)} folders of samples, {len(recons)} of reconstructions, {len(records)} scores; open "
+    print(f"report: {len(made)} folders of samples, {len(recons)} of reconstructions, {len(applied)} of applications, "
+          f"{len(records)} scores; open "
           f"{output.resolve().as_uri()}")
 
 
@@ -74,8 +77,10 @@ def image_folders(autoencoder, latent):
         return [root, *sorted(path for pattern in ("*/", "*/*/") for path in root.glob(pattern))]
     size = "[0-9]*x[0-9]*"
     samples = Path("samples").glob(f"{latent.run.experiment}_{size}") if latent is not None else []
-    recons = Path("reconstructions").glob(f"{autoencoder.run.experiment}_{size}/reconstructions")
-    return sorted([*samples, *recons])
+    name = autoencoder.run.experiment
+    others = [("reconstructions", f"{name}_{size}/reconstructions"), ("super_resolution", f"{name}_{size}"),
+              ("inpainting", f"{name}_*"), ("interpolation", name)]
+    return sorted([*samples, *(path for folder, pattern in others for path in Path(folder).glob(pattern))])
 
 
 def summary(autoencoder, latent):

@@ -40,10 +40,15 @@ class Made(NamedTuple):
         """What the images are, with a warning where the model has changed since."""
         made = self.settings
         height, width = made["size"]
-        scale = width / decoder_config.data.img_size
-        text = f"{what} of {height}x{width} ({scale:g}×), {made['steps']} steps of {made['sampler']}"
-        changed = made["decoder"] != identity(autoencoder_path(decoder_config))
-        return text + ("; MADE BY ANOTHER CHECKPOINT than that of this run" if changed else "")
+        scales = dict.fromkeys(f"{length / decoder_config.data.img_size:g}×" for length in (height, width))
+        text = f"{what} of {height}x{width} ({' and '.join(scales)}), {made['steps']} steps of {made['sampler']}"
+        return text + _warning(made["decoder"], decoder_config)
+
+
+def _warning(decoder, config):
+    """For a caption, where `decoder`, which made the images (utils.checkpoint.identity), is not that of the run now."""
+    same = decoder == identity(autoencoder_path(config))
+    return "" if same else "; MADE BY ANOTHER CHECKPOINT than that of this run"
 
 
 def find_made(folders):
@@ -131,6 +136,43 @@ def memorisation(made, config, limit):
         page.paragraph(f"Median distance to the nearest training image: {ours:.4f} from {len(shown)} samples, "
                        f"{theirs:.4f} from {len(unseen)} held-out images. Copies would be far nearer than unseen "
                        "images are; smooth samples are somewhat nearer without being copies.", note=True))
+
+
+def find_applications(folders, config):
+    """{folder: what its scores.json holds} of what super_resolution.py, inpaint.py and interpolate.py have made with an
+    autoencoder of the name of this one; the folder inpainting/a_b_centre is of a_b, and not of a."""
+    found = {path: read_json(path / "scores.json") for path in folders}
+    decoders = {path: record.get("settings", {}).get("decoder") for path, record in found.items()}
+    return {path: found[path] for path, decoder in decoders.items()
+            if decoder and Path(decoder.rsplit(" ", 2)[0]).parent.name == run_dir(config).name}
+
+
+def applications(found, config):
+    """The sheets of each, and its figures."""
+    parts = []
+    for path, record in found.items():
+        settings, figures = record["settings"], {**record}
+        del figures["settings"]
+        caption = f"{path}, {settings['steps']} steps{_warning(settings['decoder'], config)}"
+        sheets = [page.figure(page.embed(file.read_bytes(), "png", file.name), f"{caption}: {file.stem}")
+                  for file in sorted(path.glob("*.png"))]
+        methods = figures.pop("methods", {})
+        names = dict.fromkeys(name for method in methods.values() for name in method)
+        rows = [("method", *map(_words, names)), *((method, *(_number(values.get(name)) for name in names))
+                                      for method, values in methods.items())] if methods else []
+        parts += [page.row(*sheets), page.table(rows) if rows else "", page.paragraph(
+            " · ".join(f"{_words(name)} {_number(value)}" for name, value in figures.items()))]
+    return page.section("Applications", *parts)
+
+
+def _words(name):
+    return name.replace("_", " ")
+
+
+def _number(value):
+    if isinstance(value, list):
+        return ", ".join(map(_number, value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def scores(records):

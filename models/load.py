@@ -41,7 +41,8 @@ def load_latent_model(config, device, encoder):
     facts = _load(modules, config, latent_path(config), "latent")
     if facts["encoder"] != digest(encoder.state_dict()):
         raise UserError(f"{latent_path(config)} was trained on latents of another encoder than that of "
-                        "--decoder_config; train the latent model again, in another run.experiment")
+                        "--decoder_config; train the latent model again, in another run.experiment (or, where a "
+                        "damaged checkpoint was passed over, train the autoencoder to where it was)")
     return modules["latent_model"].to(device).eval(), facts["mean"].to(device), facts["std"].to(device)
 
 

@@ -18,6 +18,7 @@ from utils.files import replacing, sync_folder
 FORMAT = 2
 MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits, at the end of the file
 CHUNK = 1 << 24
+TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by the kind
 
 
 class DamagedCheckpoint(UserError):
@@ -90,8 +91,9 @@ def load_checkpoint(path, kind=None):
     if path.is_dir():
         raise DamagedCheckpoint(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; train it first, or set run.output_dir and run.experiment "
-                        "to those of the training run")
+        script = f" with {TRAINED_BY[kind]}" if kind in TRAINED_BY else ""
+        raise UserError(f"there is no checkpoint {path}; train it first{script}, or set run.output_dir and "
+                        "run.experiment to those of the training run")
     try:
         _check_digest(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -90,9 +90,9 @@ def load_newest(newest, kind):
 
     UserError where there is none that is whole, or where it is of another kind (see load_checkpoint).
     """
-    problem = None
-    for path in [newest, *older_checkpoints(newest).values()]:
-        if path == newest and not path.exists() and older_checkpoints(newest):
+    problem, older = None, older_checkpoints(newest)
+    for path in [newest, *older.values()]:
+        if path == newest and not path.exists() and older:
             problem = DamagedCheckpoint(f"{newest} is missing")
             continue
         try:
@@ -103,6 +103,9 @@ def load_newest(newest, kind):
         if problem is not None:
             logging.warning("%s; the one before it is used, %s of step %d", problem.what, path, state["step"])
         return state, path
+    if older:
+        names = " or ".join(path.name for path in older.values())
+        raise DamagedCheckpoint(f"{problem.what}, and neither can {names} be read") from problem
     raise problem
 
 

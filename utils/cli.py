@@ -26,7 +26,7 @@ def run(main, shared=False, several=()):
     several  names of flags whose value may be several words, as in --window 0 0 0.5 1
     shared   whether the script divides its work among the processes that torchrun starts, or has to be the only one
     """
-    app.define_help_flags()
+    _list_all_flags()
     try:
         distributed.start()
         if not shared and distributed.world_size() > 1:
@@ -50,7 +50,8 @@ def run(main, shared=False, several=()):
     except OSError as error:  # a full disk; or how ml_collections reports a --config file that does not load
         if "ml_collections" in _raised_in(error):
             tried = re.search(r"Attempted \[.*?\]:\s+(\S.*)", str(error))
-            _fail(f"a config file could not be loaded: {f'there is no {tried[1]}' if tried else error}")
+            _fail(f"{_flag_with(tried[1])} could not be loaded: there is no such file" if tried else
+                  f"a config file could not be loaded: {error}")
         _fail(str(error), code=1)
     except torch.OutOfMemoryError as error:
         _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or --max_points and "
@@ -74,9 +75,20 @@ def run(main, shared=False, several=()):
 
 
 def point_to_report():
-    """The last line of a training script: the command, with the same flags, that makes a page about its run."""
+    """The last line of a training script: the command that makes a page about its run, with those of its flags that say
+    which run and which data it is. The rest stands in the run's config.json."""
     if distributed.is_main():
-        print(f"for a page about this run: {shlex.join(['python', 'experiments/report.py', *sys.argv[1:]])}")
+        trains = re.compile(r"--\w+\.(train|model|diffusion|optimizer)\.\w+=")
+        kept = [word for word in sys.argv[1:] if not trains.match(word)]
+        print(f"for a page about this run: {shlex.join(['python', 'experiments/report.py', *kept])}")
+
+
+def _list_all_flags():
+    """Have --help name every flag of the project, and not only those that the script's own file defines."""
+    app.define_help_flags()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if not module.startswith("absl.") else ():
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _parse(arguments):
@@ -120,6 +132,16 @@ def _unknown_field(error):
     hint = re.search(r'mean "(\w+)"', hint)
     return (f"unknown config field {given[0] if len(given) == 1 else name}"
             + (f"; did you mean {hint.group(1)}?" if hint else ""))
+
+
+def _flag_with(path):
+    """The flag that names this config file, as --config=<path>."""
+    words = sys.argv[1:]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and path in (value, following):
+            return f"{flag}={path}"
+    return path
 
 
 def _config_file_error(error):

@@ -22,7 +22,7 @@ AT_LEAST = {
     "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0,
     "data.num_functions": 1, "data.num_heldout_functions": 1,
     "train.batch_size": 1, "train.accumulation_steps": 1, "train.sample_size": 1, "train.max_steps": 1,
-    "train.plot_graph_steps": 1, "train.plot_samples_steps": 1, "train.validate_steps": 1, "train.checkpoint_steps": 1,
+    "train.plot_graph_steps": 1, "train.plot_samples_steps": 0, "train.validate_steps": 1, "train.checkpoint_steps": 1,
     "train.ema_update_every": 1, "train.ema_decay": 0.0, "train.max_nonfinite_skips": 1,
     "train.keep_checkpoints": 1,
     "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
@@ -49,7 +49,7 @@ ONE_OF = {
 
 def define_config_flag(name, what, default=None):
     """--<name>=configs/<file>.py, with --<name>.<section>.<field>=value for every field; default: path of a file."""
-    return config_flags.DEFINE_config_file(name, default, what)
+    return config_flags.DEFINE_config_file(name, default, f"{what}; --{name}.<section>.<field>=<value> sets a field")
 
 
 def read_autoencoder_config(flag):
@@ -109,7 +109,8 @@ def micro_batch_size(config):
     parts = processes * train.accumulation_steps
     if train.batch_size % parts:
         raise UserError(f"config.train.batch_size={train.batch_size} must be a multiple of {parts}, the number of "
-                        f"processes ({processes}) times train.accumulation_steps={train.accumulation_steps}")
+                        f"processes ({processes}) times config.train.accumulation_steps={train.accumulation_steps}; "
+                        "change one of them")
     return train.batch_size // parts
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "scipy", "numba", "ml_collections", "Pillow", "safetensors")
+PACKAGES = ("torch", "numpy", "scipy", "numba", "ml_collections", "Pillow", "scikit-image", "safetensors")
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """The one training loop. It knows steps, optimisers, averages, files and progress, and no model."""
 
 import functools
-import itertools
 import logging
 import time
 
@@ -31,7 +30,8 @@ class Trainer:
     batches     first step -> iterator of this process's batches, train.accumulation_steps for every step
     validate    modules -> {name: float}; of the EMA and of the weights themselves, logged every validate_steps
     plot        (EMA modules, tick=) -> {name: uint8 image [C, H, W]}; saved every plot_samples_steps. It calls tick,
-                which may raise, after every sampling step
+                which may raise, after every sampling step, or with the share of the images that the step was for
+    plot_steps  sampling steps of plot
     state       {name: object with state_dict() and load_state_dict()}: what else a run needs to go on
     after_step  called after every update
     facts       plain data that those who load the checkpoint need (for example latent statistics); may be filled later
@@ -43,11 +43,12 @@ class Trainer:
     not: batches and random draws are functions of the step, all else is in the checkpoint.
     """
 
-    def __init__(self, config, kind, modules, loss, batches, validate, plot, device, state=None,
-                 after_step=lambda: None, facts=None, source="", filename="checkpoint.pt", best=None):
+    def __init__(self, config, kind, modules, loss, batches, validate, plot, plot_steps, device,
+                 state=None, after_step=lambda: None, facts=None, source="", filename="checkpoint.pt", best=None):
         self.config, self.kind, self.device = config, kind, device
         self.modules = modules.to(device).train()
-        self.batches, self.validate, self.plot, self.after_step = batches, validate, plot, after_step
+        self.batches, self.validate, self.after_step = batches, validate, after_step
+        self.plot, self.plot_steps = plot, plot_steps
         self.state, self.facts, self.source, self.best = state or {}, facts or {}, source, best
         self.folder = run_dir(config)
         self.checkpoints = CheckpointFolder(self.folder, filename, config.train.keep_checkpoints)
@@ -92,7 +93,8 @@ class Trainer:
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
     def train(self):
-        """Run to train.max_steps; log lines, checkpoints, validation and pictures come at their intervals and the end.
+        """Run to train.max_steps; log lines, checkpoints, validation and pictures come at their intervals and the end
+        (pictures not where theirs is 0).
 
         Raises utils.stop.Stopped after saving where a signal asks to stop, FloatingPointError after a bad step (see
         utils.update), OSError where a file cannot be written.
@@ -119,13 +121,15 @@ class Trainer:
     def _run(self, log, progress, request):
         train = self.config.train
         batches = self.batches(self.step)
-        started = time.monotonic()
+        started = time.monotonic() - log.last("seconds")  # as if the steps before had been made just now
         while True:
             stop = request.agreed()
             if not stop and self._evaluates():  # before the first step too: the run may have been killed meanwhile
+                paused = time.monotonic()
                 if self._evaluation_is_due():
                     self._evaluate(log, progress, request)
                 stop = request.agreed()
+                started += time.monotonic() - paused
             if self.step >= train.max_steps and not distributed.any_rank(self._evaluation_is_due()):
                 return
             if stop:
@@ -151,7 +155,7 @@ class Trainer:
                       "the same command goes on", exit_code(stop))
 
     def _due(self, interval):
-        return self.step % interval == 0 or self.step == self.config.train.max_steps
+        return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.max_steps)
 
     def training_step(self, batches):
         """One update from the next train.accumulation_steps batches of every process; its metrics are added to those
@@ -218,21 +222,24 @@ class Trainer:
                 return
             for name, image in pictures.items():
                 log.picture(self.step, name, image)
+            figures["pictures"] = len(pictures)
         progress.set_description(self.kind)
         self.checkpoints.wait()  # the line about a best state must not be there before it is
         log.numbers(self.step, figures)
 
     def _pictures(self, progress, request):
         """What plot makes of the EMA weights; _Abandoned at the next sampling step where a signal has come."""
-        steps = itertools.count()
+        done = 0
 
         def tick(share=1):
+            nonlocal done
             if request.signal:
                 raise _Abandoned
-            done = next(steps)
-            progress.set_description(f"{self.kind}, making pictures, {done} sampling steps", refresh=done % 10 == 0)
+            done += share
+            progress.set_description(f"{self.kind}, making pictures, {done:.0f} of {self.plot_steps} sampling steps",
+                                     refresh=round(done) % 10 == 0)
 
-        tick()
+        tick(0)
         return self._call(functools.partial(self.plot, tick=tick), self.ema.modules)
 
     def _validate(self, log):

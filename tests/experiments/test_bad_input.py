@@ -151,7 +151,8 @@ def test_a_config_file_that(tmp_path, content, said):
 
 def test_a_config_that_is_missing_absent_a_folder_or_of_the_other_stage(tmp_path):
     assert "--config is missing" in only_line(run_script("train_latent_diffusion.py"))
-    assert "nope.py" in refused(tmp_path, TRAIN, "--config", tmp_path / "nope.py")
+    for given in (["--config", tmp_path / "nope.py"], [f"--config={tmp_path / 'nope.py'}"]):
+        assert f"--config={tmp_path}/nope.py could not be loaded: there is no" in refused(tmp_path, TRAIN, *given)
     assert "Is a directory" in refused(tmp_path, TRAIN, "--config", tmp_path)
     latent = write_config_file(tiny_latent_config(tmp_path), tmp_path / "latent.py")
     assert "is not an autoencoder config" in refused(tmp_path, TRAIN, "--config", latent)

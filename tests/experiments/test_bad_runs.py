@@ -85,7 +85,8 @@ def folder_instead(path):
 
 # what is done to the file of that name in the run of the script's stage, and what the one line must say
 SPOILED = {
-    "gone": (lambda path: path.unlink(), "there is no checkpoint checkpoints/tiny/checkpoint.pt; train it first"),
+    "gone": (lambda path: path.unlink(), "there is no checkpoint checkpoints/tiny/checkpoint.pt; train it first with "
+             "train_inf_ae_diffusion.py, or set run.output_dir and run.experiment"),
     "empty": (write(b""), "is not a readable checkpoint (no checksum at its end"),
     "text": (write(b"<html>404</html>" * 99), "is not a readable checkpoint (no checksum at its end"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "is not a readable checkpoint"),

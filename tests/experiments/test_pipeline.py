@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path):
 def test_the_bar_counts_the_sampling_steps_of_the_pictures(trained):
     for stage, arguments in ((STAGE_1, trained[1]), (STAGE_2, trained[2])):
         overrides = f"--config.run.experiment=pictures_{stage}", "--config.train.max_steps=1"
-        assert "making pictures, 40 sampling steps" in run_script(stage, *arguments, *overrides).err
+        assert "making pictures, 40 of 40 sampling steps" in run_script(stage, *arguments, *overrides).err
 
 
 def test_stage_2_stopped_and_started_again_equals_an_unbroken_run(trained):

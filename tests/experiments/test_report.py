@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 from PIL import Image
@@ -34,12 +35,16 @@ def made(trained, tmp_path_factory):
     for scale in (4, 1):
         results.append(run_script(SAMPLES, *both, "--num_samples=4", "--sampling_steps=3",
                                   f"--sample_img_size={16 * scale}", "--output", folder / f"samples_{scale}x"))
+    for script, flags in {"super_resolution": ["--input", folder / "recons" / "originals"], "inpaint": [],
+                          "interpolate": ["--num_pairs=1"]}.items():
+        results.append(run_script(f"experiments/{script}.py", *single, "--sampling_steps=2", *flags, "--output",
+                                  folder / script))
     results.append(run_script("experiments/generate_noise.py", *single, "--output", folder / "noise"))
     for name, images in (("samples", "samples_1x"), ("noise", "noise")):
         results.append(run_script(
             "experiments/calculate_fid.py", *single, "--split=heldout", "--samples", folder / images,
             "--feature_model=efficientnet_lite0", "--output", folder / f"{name}_scores.json"))
-    assert [result.code for result in results] == [0] * len(results)
+    assert not any(result.code for result in results), [result.err for result in results if result.code]
     return folder
 
 
@@ -53,13 +58,15 @@ def make_page(page, *arguments):
 
 def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
     text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
-    assert "2 folders of samples, 1 of reconstructions, 2 scores" in out
-    assert headings(text) == ["Samples", "Reconstructions of held-out images", "Nearest training images", "Scores",
-                              "While training", "Losses", "Config, where it differs from the defaults", "Time",
-                              "Environment"]
+    assert "2 folders of samples, 1 of reconstructions, 3 of applications, 2 scores" in out
+    assert headings(text) == ["Samples", "Reconstructions of held-out images", "Nearest training images",
+                              "Applications", "Scores", "While training", "Losses",
+                              "Config, where it differs from the defaults", "Time", "Environment"]
     assert text.index("samples of 16x16 (1×), 3 steps of ddim") < text.index("samples of 64x64 (4×), 3 steps of ddim")
     assert "of 4 reconstructions have their own original" in text and "ANOTHER CHECKPOINT" not in text
     assert "nearest of 76 of the 76 training images" in text
+    assert f"<figcaption>{made}/interpolate, 2 steps: frames</figcaption>" in text
+    assert "<th>method</th><th>consistency psnr</th>" in text and "<td>lanczos</td>" in text
     assert text.count("FD_efficientnet_lite0</td>") == 2 and "mollified noise with the mean and variance" in text
     assert "<td>model.nf</td><td>64</td><td>8</td>" in text and "<td>mc_integral.q_sample</td>" not in text
     assert "4 steps in" in text and "<td>torch</td>" in text and "<td>machine</td>" in text
@@ -101,10 +108,15 @@ def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert run_script(SAMPLES, *trained[2], "--num_samples=2", "--sampling_steps=2").code == 0
     assert run_script("experiments/generate_recons.py", *trained[1], "--sampling_steps=2").code == 0
+    assert run_script("experiments/inpaint.py", *trained[1], "--sampling_steps=2", "--mask=half").code == 0
+    shutil.copytree("inpainting/tiny_half", "inpainting/tiny_of_another_run")
+    record = tmp_path / "inpainting" / "tiny_of_another_run" / "scores.json"
+    record.write_text(record.read_text().replace("/tiny/checkpoint.pt", "/tiny_of/checkpoint.pt"))
     (tmp_path / "samples" / "tiny_sampler_2_16x16").mkdir()  # of a run whose name begins as this one's does
     Image.new("RGB", (16, 16)).save(tmp_path / "samples" / "tiny_sampler_2_16x16" / "00000.png")
-    _, out = make_page(tmp_path / "page.html", *trained[2])
-    assert "1 folders of samples, 1 of reconstructions, 0 scores" in out
+    text, out = make_page(tmp_path / "page.html", *trained[2])
+    assert "1 folders of samples, 1 of reconstructions, 1 of applications, 0 scores" in out
+    assert "<figcaption>inpainting/tiny_half, 2 steps: grid</figcaption>" in text and "psnr unknown " in text
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -90,7 +90,7 @@ def bad_steps(folder):
     torch.manual_seed(0)
     modules = torch.nn.ModuleDict({"net": torch.nn.Linear(3, 1)})
     trainer = Trainer(config, "autoencoder", modules, loss, lambda _: itertools.repeat(torch.eye(3)), lambda _: {},
-                      lambda _, tick: {}, torch.device("cpu"))
+                      lambda _, tick: {}, 0, torch.device("cpu"))
     trainer.train()
     return trainer.update.nonfinite, trainer.modules.state_dict()
 

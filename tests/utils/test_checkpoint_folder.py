@@ -78,7 +78,8 @@ def test_it_falls_back_as_far_as_needed_and_says_so_where_nothing_is_left(tmp_pa
     folder = CheckpointFolder(tmp_path, "checkpoint.pt", 2)
     assert folder.load(KIND)[0]["step"] == 10
     flip(tmp_path / "checkpoint.10.pt")
-    with pytest.raises(UserError, match="checkpoint.pt is not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint.pt is not a readable checkpoint \(.*\), and neither can "
+                       r"checkpoint.20.pt or checkpoint.10.pt be read; restore it"):
         load_newest(tmp_path / "checkpoint.pt", KIND)
     flip(tmp_path / "checkpoint.10.pt")
     # having gone back to step 10, it does not keep the damaged state of step 20 in place of a good one

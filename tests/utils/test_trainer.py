@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.tiny import tiny_config
 from utils import checkpoint_folder, rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.logging import RunLog, read_metrics
+from utils.logging import RunLog, read_metrics, training_seconds
 from utils.stop import Stopped
 from utils.trainer import Trainer
 from utils.update import learning_rate
@@ -56,7 +57,7 @@ def make_trainer(tmp_path, max_steps, loss=None, best=None, validate=None, plot=
             yield rng.randn((5, 3), rng.generator("cpu", "batch", step))
 
     return Trainer(config, "autoencoder", modules, loss or regression, batches, validate or (lambda ema: {"v": 1.0}),
-                   plot or (lambda ema, tick: {}), torch.device("cpu"), state={"counter": counter}, best=best)
+                   plot or (lambda ema, tick: {}), 0, torch.device("cpu"), state={"counter": counter}, best=best)
 
 
 def equal(a, b):
@@ -224,7 +225,7 @@ def test_validation_sees_the_average_and_the_weights_in_eval_mode_without_gradie
     trainer = make_trainer(tmp_path, 2, validate=validate)
     trainer.train()
     assert seen == [(trainer.ema.modules, False, False), (trainer.modules, False, False)]
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0}
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0, "pictures": 0}
     trainer.training_step(trainer.batches(2))
     assert trainer.modules.training
 
@@ -436,3 +437,29 @@ def test_a_signal_after_all_is_done_changes_nothing(tmp_path):
     trainer._evaluate = evaluate_and_send
     trainer.train()  # does not raise Stopped: the same command would have nothing to do
     assert sent == [signal.SIGTERM] and load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+def test_seconds_go_on_over_starts_and_leave_out_validation_and_pictures(tmp_path, monkeypatch):
+    now = itertools.count()  # a clock that is a second further whenever somebody looks
+
+    def plot(modules, tick):
+        for _ in range(1000):
+            next(now)
+        return {"samples": torch.zeros(3, 4, 4, dtype=torch.uint8)}
+
+    monkeypatch.setattr("utils.trainer.time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    options = {"plot": plot, "train__plot_samples_steps": 2, "train__plot_graph_steps": 1}
+    for max_steps in (4, 6):
+        make_trainer(tmp_path, max_steps, **options).train()
+    seconds = [line["seconds"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "seconds" in line]
+    assert len(seconds) == 6 and seconds == sorted(set(seconds)) and seconds[-1] < 100
+    assert training_seconds(read_metrics(tmp_path / "run" / "metrics.jsonl")) == seconds[-1]
+
+
+def test_no_pictures_are_made_where_their_interval_is_zero(tmp_path):
+    made = []
+    options = {"plot": lambda modules, tick: made.append(1) or {}, "train__validate_steps": 2}
+    make_trainer(tmp_path, 4, train__plot_samples_steps=0, **options).train()
+    assert made == []
+    make_trainer(tmp_path, 6, train__plot_samples_steps=10, **options).train()
+    assert made == [1]
