@@ -47,8 +47,8 @@ class Made(NamedTuple):
 
 def _warning(decoder, config):
     """For a caption, where `decoder`, which made the images (utils.checkpoint.identity), is not that of the run now."""
-    same = decoder == identity(autoencoder_path(config))
-    return "" if same else "; MADE BY ANOTHER CHECKPOINT than that of this run"
+    path = autoencoder_path(config)
+    return "" if path.is_file() and decoder == identity(path) else "; MADE BY ANOTHER CHECKPOINT than that of this run"
 
 
 def find_made(folders):
@@ -142,9 +142,14 @@ def find_applications(folders, config):
     """{folder: what its scores.json holds} of what super_resolution.py, inpaint.py and interpolate.py have made with an
     autoencoder of the name of this one; the folder inpainting/a_b_centre is of a_b, and not of a."""
     found = {path: read_json(path / "scores.json") for path in folders}
-    decoders = {path: record.get("settings", {}).get("decoder") for path, record in found.items()}
-    return {path: found[path] for path, decoder in decoders.items()
-            if decoder and Path(decoder.rsplit(" ", 2)[0]).parent.name == run_dir(config).name}
+    return {path: record for path, record in found.items() if _is_of_run(record.get("settings"), config)}
+
+
+def _is_of_run(settings, config):
+    """Whether these are settings of such a script, of a decoder that lies in a folder of the run's name."""
+    if not isinstance(settings, dict) or not {"decoder", "steps", "size"} <= settings.keys():
+        return False
+    return Path(str(settings["decoder"]).rsplit(" ", 2)[0]).parent.name == run_dir(config).name
 
 
 def applications(found, config):
@@ -154,8 +159,7 @@ def applications(found, config):
         settings, figures = record["settings"], {**record}
         del figures["settings"]
         caption = f"{path}, {settings['steps']} steps{_warning(settings['decoder'], config)}"
-        sheets = [page.figure(page.embed(file.read_bytes(), "png", file.name), f"{caption}: {file.stem}")
-                  for file in sorted(path.glob("*.png"))]
+        sheets = [page.picture(file, f"{caption}: {file.stem}") for file in sorted(path.glob("*.png"))]
         methods = figures.pop("methods", {})
         names = dict.fromkeys(name for method in methods.values() for name in method)
         rows = [("method", *map(_words, names)), *((method, *(_number(values.get(name)) for name in names))

@@ -36,7 +36,7 @@ STEPS = flags.DEFINE_integer("steps", 300, "training steps of a round", lower_bo
 SEED = flags.DEFINE_integer("seed", 0, "of the instants and the signals")
 OUTPUT = flags.DEFINE_string("output", "soak", "folder of the runs, which must not be there yet")
 TERM_SHARE = 0.3  # of the signals that are SIGTERM
-MEASURED = ("seconds", "peak_memory_gb")  # in metrics.jsonl: of the machine and the moment, not of the run
+MEASURED = ("seconds", "peak_memory_gb")  # entries of metrics and checkpoints: of the machine, not of the run
 PATIENCE = 300  # seconds in which a step has to end and be saved after SIGTERM
 
 
@@ -126,7 +126,7 @@ def first_difference(whole, other):
     """Name of the first thing that differs between two runs, None where nothing does."""
     whole, other = whole / "run", other / "run"
     for name in ("checkpoint.pt", "best_checkpoint.pt"):
-        a, b = ({key: value for key, value in load_checkpoint(run / name).items() if key != "config"}
+        a, b = ({key: value for key, value in load_checkpoint(run / name).items() if key not in ("config", *MEASURED)}
                 for run in (whole, other))
         if not same(a, b):
             return f"{name}, {', '.join(key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key)))}"

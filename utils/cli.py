@@ -75,11 +75,10 @@ def run(main, shared=False, several=()):
 
 
 def point_to_report():
-    """The last line of a training script: the command that makes a page about its run, with those of its flags that say
-    which run and which data it is. The rest stands in the run's config.json."""
+    """The last line of a training script: the command that makes a page about its run, with its own flags but for those
+    that only say how to train."""
     if distributed.is_main():
-        trains = re.compile(r"--\w+\.(train|model|diffusion|optimizer)\.\w+=")
-        kept = [word for word in sys.argv[1:] if not trains.match(word)]
+        kept = [word for word in sys.argv[1:] if not re.match(r"--\w+\.(train|optimizer)\.\w+=", word)]
         print(f"for a page about this run: {shlex.join(['python', 'experiments/report.py', *kept])}")
 
 

@@ -20,7 +20,7 @@ class RunLog:
     def __init__(self, folder, config, step=0):
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
-        self.writes, self.wandb, self.lines = distributed.is_main(), None, []
+        self.writes, self.wandb = distributed.is_main(), None
         if not self.writes:
             return
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,6 @@ class RunLog:
             _write(file, self.lines[-1:])
         if self.wandb:
             self.wandb.log(values, step=step)
-
-    def last(self, name):
-        """The latest value of a metric; 0 where there is none, or this is not the main process."""
-        return next((line[name] for line in reversed(self.lines) if name in line), 0)
 
     def smallest(self, name):
         """The smallest value of a metric so far; infinite where there is none (NaN is none)."""

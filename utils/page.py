@@ -4,9 +4,12 @@ import base64
 import html
 import io
 
+from PIL import Image
+
 from utils.images import tile, to_pil
 
 PIXELS = 2**18  # of a sheet, about: of larger images fewer are shown
+LARGEST = 2048  # pixels of a side of a picture
 
 
 def embed(content, kind, alt, attributes=""):
@@ -28,6 +31,15 @@ def sheet(images, caption, columns=None, scale=None):
     picture.save(buffer, format="PNG")
     size = f'width="{picture.width * scale}" height="{picture.height * scale}"'
     return figure(embed(buffer.getvalue(), "png", caption, size), caption)
+
+
+def picture(path, caption):
+    """A <figure> of an image file, made smaller where it is wider or higher than LARGEST."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.thumbnail((LARGEST, LARGEST))
+        image.save(buffer, format="PNG")
+    return figure(embed(buffer.getvalue(), "png", caption), caption)
 
 
 def figure(content, caption):

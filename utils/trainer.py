@@ -59,6 +59,7 @@ class Trainer:
         self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
         self.update = Update(config, self.modules, device, self.dtype)
         self.step, self.saved = 0, None  # saved: the step that the newest checkpoint holds, or soon will
+        self.seconds, self.resumed = 0.0, None  # of training until `resumed`, a time; None: it does not go on now
         self.sums = {}  # sums of the metrics since the last log line, on the device: reading them would make it wait
         if self.checkpoints.exists():
             self._resume()
@@ -88,7 +89,7 @@ class Trainer:
         self.update.load_state_dict(saved["update"])
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
-        self.step = saved["step"]
+        self.step, self.seconds = saved["step"], saved.get("seconds", 0.0)
         self.saved = self.step if path == self.checkpoints.newest else None  # an older one, as the newest is damaged
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 
@@ -121,15 +122,15 @@ class Trainer:
     def _run(self, log, progress, request):
         train = self.config.train
         batches = self.batches(self.step)
-        started = time.monotonic() - log.last("seconds")  # as if the steps before had been made just now
+        self.resumed = time.monotonic()
         while True:
             stop = request.agreed()
             if not stop and self._evaluates():  # before the first step too: the run may have been killed meanwhile
-                paused = time.monotonic()
+                self.seconds, self.resumed = self._seconds(), None
                 if self._evaluation_is_due():
                     self._evaluate(log, progress, request)
                 stop = request.agreed()
-                started += time.monotonic() - paused
+                self.resumed = time.monotonic()
             if self.step >= train.max_steps and not distributed.any_rank(self._evaluation_is_due()):
                 return
             if stop:
@@ -140,7 +141,7 @@ class Trainer:
             if self.step % train.plot_graph_steps == 0:
                 averages = self._averages()
                 progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})
-                log.numbers(self.step, {**averages, "seconds": round(time.monotonic() - started, 2),
+                log.numbers(self.step, {**averages, "seconds": round(self._seconds(), 2),
                                         "peak_memory_gb": peak_memory_gb(self.device)})
             if self._due(train.checkpoint_steps):
                 self.save()
@@ -153,6 +154,10 @@ class Trainer:
         distributed.barrier()  # or else torchrun would end the main process while it writes
         raise Stopped(f"stopped by {stop.name} after step {self.step}, saved in {self.checkpoints.newest}; "
                       "the same command goes on", exit_code(stop))
+
+    def _seconds(self):
+        """Of training, over all starts of the run, without validation and pictures."""
+        return self.seconds + (0 if self.resumed is None else time.monotonic() - self.resumed)
 
     def _due(self, interval):
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.max_steps)
@@ -190,7 +195,7 @@ class Trainer:
         if distributed.is_main():
             self.checkpoints.save({
                 **self._header(), "modules": self.modules.state_dict(), "ema": self.ema.modules.state_dict(),
-                "update": self.update.state_dict(), "sums": self.sums,
+                "update": self.update.state_dict(), "sums": self.sums, "seconds": self._seconds(),
                 "state": {name: part.state_dict() for name, part in self.state.items()},
             })
 

@@ -119,6 +119,20 @@ def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkey
     assert "<figcaption>inpainting/tiny_half, 2 steps: grid</figcaption>" in text and "psnr unknown " in text
 
 
+def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, made, tmp_path):
+    folder, single, _ = trained
+    shutil.copytree(made / "inpaint", tmp_path / "inpaint")
+    for name, content in {"a": '{"settings": []}', "b": '{"settings": {"decoder": 3}}', "c": "[1]", "d": "{"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(content)
+    Image.new("RGB", (5000, 10)).save(tmp_path / "inpaint" / "wide.png")
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    shutil.copy(folder / "checkpoints" / "tiny" / "metrics.jsonl", tmp_path / "runs" / "tiny")
+    text, out = make_page(tmp_path / "page.html", *single, f"--config.run.output_dir={tmp_path / 'runs'}", "--folder",
+                          tmp_path)
+    assert "1 of applications" in out and "2 steps; MADE BY ANOTHER CHECKPOINT than that of this run: grid" in text
+
+
 def test_mistakes_are_one_line(trained, tmp_path):
     _, single, both = trained
     refused = {"--config is missing|autoencoder is missing": [], "the autoencoder is missing|an autoencoder": both[:2],
