@@ -180,7 +180,7 @@ def test_image_i_does_not_depend_on_the_number_of_processes(runs, tmp_path):
 
 
 @pytest.mark.parametrize("processes, accumulation, line", [
-    (3, 1, "config.train.batch_size=8 must be a multiple of 3, the number of processes (3) times "
+    (3, 1, "config.train.batch_size=8 must be a multiple of 3, the number of processes (3) times config."
            "train.accumulation_steps=1"),
     (2, 3, "config.train.batch_size=8 must be a multiple of 6"),
     (1, 16, "config.train.batch_size=8 must be a multiple of 16"),
