@@ -64,8 +64,7 @@ def main():
         temporary.write_text(string.Template(TEMPLATE.read_text()).substitute(
             title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body))
     print(f"report: {len(made)} folders of samples, {len(recons)} of reconstructions, {len(applied)} of applications, "
-          f"{len(records)} scores; open "
-          f"{output.resolve().as_uri()}")
+          f"{len(records)} scores; open {output.resolve().as_uri()}")
 
 
 def image_folders(autoencoder, latent):

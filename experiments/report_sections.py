@@ -156,16 +156,17 @@ def applications(found, config):
     """The sheets of each, and its figures."""
     parts = []
     for path, record in found.items():
-        settings, figures = record["settings"], {**record}
-        del figures["settings"]
+        figures = dict(record)
+        settings = figures.pop("settings")
         caption = f"{path}, {settings['steps']} steps{_warning(settings['decoder'], config)}"
         sheets = [page.picture(file, f"{caption}: {file.stem}") for file in sorted(path.glob("*.png"))]
-        methods = figures.pop("methods", {})
-        names = dict.fromkeys(name for method in methods.values() for name in method)
-        rows = [("method", *map(_words, names)), *((method, *(_number(values.get(name)) for name in names))
-                                      for method, values in methods.items())] if methods else []
-        parts += [page.row(*sheets), page.table(rows) if rows else "", page.paragraph(
-            " · ".join(f"{_words(name)} {_number(value)}" for name, value in figures.items()))]
+        parts.append(page.row(*sheets))
+        methods = figures.pop("methods", None)
+        if methods:
+            names = dict.fromkeys(name for values in methods.values() for name in values)
+            parts.append(page.table([("method", *map(_words, names)), *(
+                (method, *(_number(values.get(name)) for name in names)) for method, values in methods.items())]))
+        parts.append(page.paragraph(" · ".join(f"{_words(name)} {_number(value)}" for name, value in figures.items())))
     return page.section("Applications", *parts)
 
 

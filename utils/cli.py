@@ -138,7 +138,7 @@ def _flag_with(path):
     words = sys.argv[1:]
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, _, value = word.partition("=")
-        if flag.startswith("--") and path in (value, following):
+        if flag.startswith("-") and path in (value, following):
             return f"{flag}={path}"
     return path
 

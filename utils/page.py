@@ -27,19 +27,21 @@ def sheet(images, caption, columns=None, scale=None):
     images = images[:max(4, min(64, PIXELS // (height * width)))]
     scale = scale or (2 if width <= 128 else 1)
     picture = to_pil(tile(images, columns or max(1, round(len(images) ** 0.5))))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
     size = f'width="{picture.width * scale}" height="{picture.height * scale}"'
-    return figure(embed(buffer.getvalue(), "png", caption, size), caption)
+    return figure(embed(_png(picture), "png", caption, size), caption)
 
 
 def picture(path, caption):
     """A <figure> of an image file, made smaller where it is wider or higher than LARGEST."""
-    buffer = io.BytesIO()
     with Image.open(path) as image:
         image.thumbnail((LARGEST, LARGEST))
-        image.save(buffer, format="PNG")
-    return figure(embed(buffer.getvalue(), "png", caption), caption)
+        return figure(embed(_png(image), "png", caption), caption)
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def figure(content, caption):

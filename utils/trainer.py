@@ -89,7 +89,7 @@ class Trainer:
         self.update.load_state_dict(saved["update"])
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
-        self.step, self.seconds = saved["step"], saved.get("seconds", 0.0)
+        self.step, self.seconds = saved["step"], saved.get("seconds", 0.0)  # which older files lack
         self.saved = self.step if path == self.checkpoints.newest else None  # an older one, as the newest is damaged
         self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
 

@@ -7,7 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from experiments.report_sections import Made
 from tests.scripts import only_line, run_script
+from tests.tiny import tiny_config
 
 REPORT, SAMPLES = "experiments/report.py", "experiments/generate_samples.py"
 
@@ -92,8 +94,11 @@ def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
 
 def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = run_script("train_inf_ae_diffusion.py", *trained[1], f"--config.run.output_dir={tmp_path / 'a run'}")
+    overrides = "--config.train.max_steps=2", "--config.optimizer.warmup_steps=1", "--config.model.nf=4"
+    ended = run_script("train_inf_ae_diffusion.py", *trained[1], f"--config.run.output_dir={tmp_path / 'a run'}",
+                       *overrides)
     last = ended.out.strip().splitlines()[-1]
+    assert [override in last for override in overrides] == [False, False, True]
     assert last.startswith("for a page about this run: python experiments/report.py --config ")
     result = run_script(*shlex.split(last.partition("python ")[2]))
     text = (tmp_path / "a run" / "tiny" / "report.html").read_text()
@@ -131,6 +136,13 @@ def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, mad
     text, out = make_page(tmp_path / "page.html", *single, f"--config.run.output_dir={tmp_path / 'runs'}", "--folder",
                           tmp_path)
     assert "1 of applications" in out and "2 steps; MADE BY ANOTHER CHECKPOINT than that of this run: grid" in text
+
+
+def test_a_caption_names_the_scale_of_both_axes_where_they_differ(tmp_path):
+    config = tiny_config(tmp_path)
+    settings = {"steps": 5, "sampler": "ddim", "decoder": ""}
+    captions = [Made(tmp_path, {**settings, "size": size}).caption("samples", config) for size in ([48, 24], [32, 32])]
+    assert "samples of 48x24 (3× and 1.5×), 5 steps" in captions[0] and "samples of 32x32 (2×), 5" in captions[1]
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -1,7 +1,10 @@
+import base64
+import io
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from utils import page
 from utils.plots import line_plot, to_bytes
@@ -18,6 +21,14 @@ def test_a_sheet_shows_as_many_images_as_there_is_room_for(size, shown, scale):
 def test_a_sheet_of_grey_images_in_columns():
     content = page.sheet(torch.zeros(3, 1, 20, 10, dtype=torch.uint8), "three", columns=3, scale=1)
     assert 'width="30" height="20"' in content and "<figcaption>three</figcaption>" in content
+
+
+def test_a_picture_is_the_file_or_a_smaller_one(tmp_path):
+    for size, shown in (((30, 20), (30, 20)), ((4 * page.LARGEST, 40), (page.LARGEST, 10))):
+        Image.new("RGB", size, "red").save(tmp_path / "image.png")
+        content = base64.b64decode(re.search('base64,([^"]*)"', page.picture(tmp_path / "image.png", "red"))[1])
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.size == shown and image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_text_is_escaped():

@@ -443,7 +443,7 @@ def test_seconds_go_on_over_starts_and_leave_out_validation_and_pictures(tmp_pat
     now = [0]
 
     def loss(modules, batch, step):
-        now[0] += 1  # a step takes one second,
+        now[0] += 1  # a step takes one second
         return {"loss": modules["net"](batch).square().mean()}
 
     def plot(modules, tick):
