@@ -82,6 +82,7 @@ MISTAKES = [
     ("diffusion.balance_loss=True", "balance_loss=True needs diffusion.precondition=True"),
     ("diffusion.precondition=True diffusion.model_mean_type=v", "precondition"),
     ("train.accumulation_steps=3", "batch_size=4 must be a multiple of 3"),
+    ("train.plot_samples_steps=-1", "config.train.plot_samples_steps=-1 must be at least 0"),
     ("train.batch_size=10000", "train.batch_size=10000 is more than the"),
     # what this machine has not
     ("model.backend=cudnn", "model.backend='cudnn' is not one of auto"),

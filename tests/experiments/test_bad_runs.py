@@ -139,7 +139,8 @@ OTHER_CONFIGS = [
     (RECONS, "--config.run.experiment=tiny_sampler", "there is no checkpoint checkpoints/tiny_sampler/checkpoint.pt"),
     (SAMPLES, "--decoder_config.model.nf=16", "model.nf=8, the config has 16"),
     (SAMPLES, "--decoder_config.run.experiment=absent", "there is no checkpoint"),
-    (SAMPLES, "--config.run.experiment=absent", "there is no checkpoint"),
+    (SAMPLES, "--config.run.experiment=absent", "best_latent_checkpoint.pt; train it first with "
+                                                "train_latent_diffusion.py"),
     (SAMPLES, "--config.run.experiment=tiny", "is also that of the autoencoder"),
     (SAMPLES, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
     (SAMPLES, "--decoder_config.data.img_size=32", "trained with data.img_size=16, the config has 32"),

@@ -37,6 +37,7 @@ def another_state(run, name, **changes):
 
 @pytest.mark.parametrize("change, found", [
     (lambda run: another_line(run, seconds=1e9, peak_memory_gb=1e9), None),  # the only things that may differ
+    (lambda run: another_state(run, "checkpoint.pt", seconds=1e9), None),
     (lambda run: another_line(run, loss=1e9), "metrics.jsonl"),
     (lambda run: another_line(run, more=1), "metrics.jsonl"),
     (another_picture, "images"),

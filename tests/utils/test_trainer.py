@@ -460,6 +460,18 @@ def test_seconds_go_on_over_starts_and_leave_out_validation_and_pictures(tmp_pat
     assert training_seconds(metrics) == 8 and seconds_per_step(metrics) == 1
 
 
+def test_the_bar_counts_sampling_steps_also_where_each_is_for_a_part_of_the_images(tmp_path, capsys):
+    def plot(modules, tick):
+        for _ in range(40):
+            tick(0.5)
+        return {}
+
+    trainer = make_trainer(tmp_path, 2, plot=plot, train__plot_samples_steps=2)
+    trainer.plot_steps = 20
+    trainer.train()
+    assert "making pictures, 20 of 20 sampling steps" in capsys.readouterr().err
+
+
 def test_no_pictures_are_made_where_their_interval_is_zero(tmp_path):
     made = []
     options = {"plot": lambda modules, tick: made.append(1) or {}, "train__validate_steps": 2}
