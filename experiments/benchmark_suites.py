@@ -107,6 +107,11 @@ class Step:
                 lambda values, time: self.decoder(values, time, z, coords), images, t, coords, noise)
         return terms["loss"].mean()
 
+    def forget_gradients(self):
+        """A backward pass would be longer by adding its gradients to those of the pass before."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def update(self):
         if self.reference:
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -171,11 +176,13 @@ def parts(cfg, device, repeats):
         step()
 
         def sparse(step=step, drawn=drawn):
+            step.forget_gradients()
             images, noise, t, seen, coords = drawn
             with autocast(step.device, step.dtype):
                 _sparse_layers(step.encoder, step.decoder, images, t, seen, coords).backward()
 
         def backward(step=step, drawn=drawn):
+            step.forget_gradients()
             step.loss(*drawn).backward()
 
         def fresh(step=step):

@@ -38,7 +38,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """x [B, G, G, width] -> the same shape."""
-        qkv = self.qkv(normalise(x, self.norm)).flatten(1, 2).unflatten(2, (3, self.heads, HEAD_WIDTH))
+        h, x = normalise(x, self.norm, residual=True)
+        qkv = self.qkv(h).flatten(1, 2).unflatten(2, (3, self.heads, HEAD_WIDTH))
         q, k, v = qkv.unbind(2)  # each [B, G * G, heads, 32]
         attention = _flash_attention if self._uses_flash(q) else _sdpa
         return x + self.out(attention(q, k, v).reshape(*x.shape[:-1], -1))

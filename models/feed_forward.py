@@ -46,19 +46,19 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_in, bias_in, weight_out, bias_out, dtype):
         ctx.dtype = dtype
+        weight_in, weight_out = weight_in.to(dtype), weight_out.to(dtype)
         ctx.save_for_backward(x, weight_in, bias_in, weight_out)
-        hidden = F.linear(_rows(x, dtype), weight_in.to(dtype))  # without the bias, which the loop adds
+        hidden = F.linear(_rows(x, dtype), weight_in)  # without the bias, which the loop adds
         tensors = [(dtype, hidden), (torch.float32, bias_in.contiguous())]
         compiled.run_at("gelu.forward", tensors, compiled.kind(dtype), *hidden.shape)
-        return F.linear(hidden, weight_out.to(dtype), bias_out.to(dtype)).view(*x.shape[:-1], -1)
+        return F.linear(hidden, weight_out, bias_out.to(dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
         x, weight_in, bias_in, weight_out = ctx.saved_tensors
         dtype, needed, gradients = ctx.dtype, ctx.needs_input_grad, [None] * 6
-        rows, weight_in, weight_out = _rows(x, dtype), weight_in.to(dtype), weight_out.to(dtype)
-        grad = grad.reshape(len(rows), -1)
+        rows, grad = _rows(x, dtype), grad.reshape(-1, grad.shape[-1])
         with torch.autocast("cpu", enabled=False):  # it may be another than that of the forward pass
             hidden, grad_hidden = F.linear(rows, weight_in), grad @ weight_out
             tensors = [(dtype, hidden), (torch.float32, bias_in.contiguous()), (dtype, grad_hidden)]

@@ -142,8 +142,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, modulation=None):
         """x [B, G, G, width_in] -> [B, G, G, width_out]."""
-        h = self.conv_in(normalise(x, self.norm_in, gelu=True))
-        h = normalise(h, self.norm_out, self.film, modulation, gelu=True, dropout=self.dropout)
+        h, x = normalise(x, self.norm_in, gelu=True, residual=True)
+        h = normalise(self.conv_in(h), self.norm_out, self.film, modulation, gelu=True, dropout=self.dropout)
         return self.shortcut(x) + self.conv_out(h)
 
 

@@ -14,25 +14,29 @@ from models.derivatives import first_order_only
 from models.sparse_conv import BACKENDS
 
 
-def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None):
+def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None, residual=False):
     """dropout(GELU(FiLM(LayerNorm(x)))), with the parts that are given (METHOD 4).
 
     x           [B, ..., C]
     norm        nn.LayerNorm over C
     film        models.conditioning.FiLM, and the modulation that it looks itself up in, or None
     dropout     nn.Dropout or None
-    Returns the shape and the dtype of x.
+    residual    return x as well, for what is added to it later: used in its place, the gradients of both uses of x
+                come here and are added up in passing
+    Returns the shape and the dtype of x, or (that, x) where residual.
     """
     scale, shift = (None, None) if film is None or modulation is None else modulation[film.place]
     rate = dropout.p if dropout is not None and dropout.training else 0.0
     implementation = _choose(x.device)
     if _can_fuse(x, norm, scale, shift, implementation) and rate < 1:
-        return _Fused.apply(x, norm.weight, norm.bias, scale, shift, implementation, norm.eps, gelu, rate)
+        out = _Fused.apply(x, norm.weight, norm.bias, scale, shift, implementation, norm.eps, gelu, rate, residual)
+        return out if residual else out[0]
     h = norm(x)
     h = h if film is None else film(h, modulation)
     h = F.gelu(h) if gelu else h
     h = h if dropout is None else dropout(h)
-    return h.to(x.dtype)  # on a GPU autocast computes norms in float32
+    h = h.to(x.dtype)  # on a GPU autocast computes norms in float32
+    return (h, x) if residual else h
 
 
 def _choose(device):
@@ -55,10 +59,11 @@ def _can_fuse(x, norm, scale, shift, implementation):
 
 
 class _Fused(torch.autograd.Function):
-    """That module's functions as one of x, weight, bias, scale and shift."""
+    """That module's functions as one of x, weight, bias, scale and shift: (result,), and x where residual."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, implementation, eps, gelu, dropout):
+    def forward(ctx, x, weight, bias, scale, shift, implementation, eps, gelu, dropout, residual):
+        ctx.set_materialize_grads(False)
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         ctx.implementation, ctx.modulated = implementation, scale is not None
         if not ctx.modulated:
@@ -67,15 +72,18 @@ class _Fused(torch.autograd.Function):
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,), device="cpu").tolist() if dropout else (0, 0))
         out, moments = implementation.forward(x, weight, bias, scale, shift, eps, *ctx.options)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
-        return out
+        return (out, x) if residual else (out,)
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad):
-        gradients = ctx.implementation.backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
+    def backward(ctx, grad, residual=None):
+        if grad is None:  # the result was not used
+            return residual, *[None] * 9
+        residual = None if residual is None else residual.contiguous()
+        gradients = ctx.implementation.backward(grad.contiguous(), residual, *ctx.saved_tensors, *ctx.options)
         if not ctx.modulated:
             gradients = *gradients[:3], None, None
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 @functools.lru_cache(maxsize=64)

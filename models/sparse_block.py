@@ -40,8 +40,10 @@ class SparseBlock(nn.Module):
     def forward(self, x, coords, modulation=None):
         """x [B, L, nf] at coords, modulation from models.conditioning.Conditioning -> [B, L, nf]."""
         kernel = resize_kernel(self.kernel, coords.image_size, self.train_size)
-        x = x + sparse_conv(normalise(x, self.norm_conv, self.film_conv, modulation), kernel, coords, self.backend)
-        return x + self.mlp(normalise(x, self.norm_mlp, self.film_mlp, modulation))
+        h, x = normalise(x, self.norm_conv, self.film_conv, modulation, residual=True)
+        x = x + sparse_conv(h, kernel, coords, self.backend)
+        h, x = normalise(x, self.norm_mlp, self.film_mlp, modulation, residual=True)
+        return x + self.mlp(h)
 
 
 def resize_kernel(kernel, size, train_size):

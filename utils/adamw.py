@@ -35,7 +35,9 @@ class AdamW(torch.optim.AdamW):
             if view.data_ptr() != parameter.data_ptr():
                 raise RuntimeError("a weight lies elsewhere than when the optimiser was made")
             gradient, parameter.grad = parameter.grad, None
-            view.grad = None if gradient is None else gradient.permute(order).contiguous()
+            if gradient is not None:  # of a vector there is one order, and vectors are two in three
+                gradient = (gradient.permute(order) if len(order) > 1 else gradient).contiguous()
+            view.grad = gradient
         return views
 
     def load_state_dict(self, state_dict):

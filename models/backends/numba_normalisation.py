@@ -22,12 +22,13 @@ def forward(x, weight, bias, scale, shift, eps, *options):
     return out, moments
 
 
-def backward(grad, x, weight, bias, scale, shift, moments, *options):
-    """The gradients of x, weight, bias, scale and shift."""
+def backward(grad, residual, x, weight, bias, scale, shift, moments, *options):
+    """The gradients of x, with residual, and of weight, bias, scale and shift."""
     vectors = [weight, bias, scale.contiguous(), shift.contiguous()]
     grad_x, gradients = torch.empty_like(x), [torch.empty_like(vector) for vector in vectors]
-    tensors = [(x.dtype, x, grad, grad_x), (torch.float32, *vectors, moments, *gradients)]
-    run_at("normalisation.backward", tensors, *_sizes(x, scale), *options)
+    add = residual is not None
+    tensors = [(x.dtype, x, grad, residual if add else grad, grad_x), (torch.float32, *vectors, moments, *gradients)]
+    run_at("normalisation.backward", tensors, *_sizes(x, scale), add, *options)
     return grad_x, *gradients
 
 

@@ -45,8 +45,11 @@ def forward(x, weight, bias, scale, shift, eps, gelu, dropout, seed, other):
     return out, moments
 
 
-def backward(grad, x, weight, bias, scale, shift, moments, gelu, dropout, seed, other):
-    """The gradients of x, weight, bias, scale and shift from grad, contiguous, that of what `forward` has returned."""
+def backward(grad, residual, x, weight, bias, scale, shift, moments, gelu, dropout, seed, other):
+    """The gradients of x, weight, bias, scale and shift from grad, contiguous, that of what `forward` has returned.
+
+    residual  like x, is added to the gradient of x, or None
+    """
     groups, rows, channels, blocks = _sizes(x, scale, NUMBERS_BACKWARD)
     parts, span = _parts(groups, rows, blocks[0])
     grad_x, partial = torch.empty_like(x), x.new_empty(groups, parts, 2, channels, dtype=torch.float32)
@@ -56,6 +59,7 @@ def backward(grad, x, weight, bias, scale, shift, moments, gelu, dropout, seed, 
             x, grad, grad_x, weight, bias, scale, shift, *moments, partial, rows, channels, parts, span,
             scale.stride(0), shift.stride(0), *_random(dropout, seed, other), gelu, dropout > 0, *blocks, num_warps=4,
         )  # fmt: skip
+    grad_x = grad_x if residual is None else grad_x.add_(residual)
     sums = partial.sum(1)
     grad_weight, grad_bias = (sums * scale[:, None]).sum(0)
     grad_gain, grad_offset = sums.unbind(1)

@@ -163,12 +163,16 @@ def forward(x, out, weight, bias, scale, shift, moments, kind, groups, rows, cha
 
 @compiled(**VECTOR)
 def backward(
-    x, grad, grad_x, weight, bias, scale, shift, moments, grad_weight, grad_bias, grad_scale, grad_shift, kind,
-    groups, rows, channels, gelu, dropout, seed, other,
+    x, grad, residual, grad_x, weight, bias, scale, shift, moments, grad_weight, grad_bias, grad_scale, grad_shift,
+    kind, groups, rows, channels, add, gelu, dropout, seed, other,
 ):
-    """The gradients of `forward`, from grad, that of its result: each like what it belongs to, written."""
+    """The gradients of `forward`, from grad, that of its result: each like what it belongs to, written.
+
+    residual   like x, is added to the gradient of x where `add`, and not read otherwise
+    """
     size = groups * rows * channels
     x, grad, grad_x = array(x, size, kind), array(grad, size, kind), array(grad_x, size, kind)
+    residual = array(residual, size, kind)
     weight, bias = array(weight, channels, f32(0)), array(bias, channels, f32(0))
     scale, shift = array(scale, (groups, channels), f32(0)), array(shift, (groups, channels), f32(0))
     mean, inverse = array(moments, (2, groups * rows), f32(0))
@@ -194,6 +198,10 @@ def backward(
                 g[i] *= distribution + h[i] * density
         add_up(g_rows, n_rows, partial[job, 0], partial[job, 1])
         differentiate_rows(g_rows, n_rows, gain, inverse[here])
+        if add:
+            convert(residual[part], n)
+            for i in range(g.size):
+                g[i] += n[i]
         convert(g, grad_x[part])
 
     grad_weight, grad_bias = array(grad_weight, channels, f32(0)), array(grad_bias, channels, f32(0))

@@ -89,7 +89,7 @@ def test_a_bias_need_not_be_contiguous():
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_nothing_but_the_input_is_kept(dtype, mixed):
+def test_of_activations_the_input_alone_is_kept(dtype, mixed):
     if dtype == torch.bfloat16 and not mixed:
         return
     layer, x, _ = draw((2, 50, 32))
@@ -98,8 +98,8 @@ def test_nothing_but_the_input_is_kept(dtype, mixed):
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         layer(x)
-    ours = {parameter.data_ptr() for parameter in layer.parameters()}
-    assert {tensor.data_ptr() for tensor in kept} - ours == {x.data_ptr()}
+    weights = {parameter.shape for parameter in layer.parameters()}
+    assert {tensor.data_ptr() for tensor in kept if tensor.shape not in weights} == {x.data_ptr()}
 
 
 @pytest.mark.parametrize("trained", [["x"], ["0.weight"], ["0.bias", "2.weight"], ["x", "2.bias"]])

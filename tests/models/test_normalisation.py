@@ -52,6 +52,40 @@ def test_is_the_formula(shape, modulated, gelu, dtype, tolerance):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(largest, 1e-3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("used", ["both", "result", "residual"])
+def test_the_gradient_of_a_residual_is_added(dtype, fuse, used, monkeypatch):
+    """Against the same with two uses of x, whose gradients PyTorch adds up, in float64."""
+    if not fuse:
+        monkeypatch.setattr(normalisation, "_can_fuse", lambda *arguments: False)
+    x, norm, film, modulation, grad = draw((2, 70, 33), True, dtype)
+    from_out, from_residual = 1.0 * (used != "residual"), 1.0 * (used != "result")
+    leaves = [x, *norm.parameters(), *modulation[0]]
+    _, wanted = expected(x, norm, modulation, True, from_out * grad)
+    wanted = [wanted[0] + 3 * from_residual * grad.double(), *wanted[1:]]
+    out, residual = normalise(x, norm, film, modulation, gelu=True, residual=True)
+    assert torch.equal(residual, x)
+    assert residual.dtype == x.dtype
+    outputs, weights = [out, residual], [grad, 3 * grad]
+    chosen = {"both": slice(2), "result": slice(1), "residual": slice(1, 2)}[used]
+    found = torch.autograd.grad(outputs[chosen], leaves, weights[chosen], allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        ours = torch.zeros_like(theirs) if ours is None else ours
+        tolerance = (1e-2 if dtype == torch.bfloat16 else 2e-5) * max(theirs.abs().max().item(), 1e-3)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+
+def test_a_residual_is_added_in_one_pass():
+    """And not by PyTorch, which would read and write all of it once more."""
+    x, norm, _, _, _ = draw((2, 70, 33), False)
+    out, residual = normalise(x * 1, norm, residual=True)
+    loss = (out * 2 + residual).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    assert [event.key for event in profile.key_averages() if event.key in ("aten::add", "aten::add_")] == []
+
+
 def test_autocast_changes_nothing():
     x, norm, film, modulation, _ = draw((2, 9, 32), True, torch.bfloat16)
     out = normalise(x, norm, film, modulation, gelu=True)

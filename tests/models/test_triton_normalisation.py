@@ -212,6 +212,17 @@ def test_gradients_that_are_not_needed_are_none():
     assert all(leaf.grad is not None for leaf in (*norm.parameters(), *modulation[0]))
 
 
+def test_the_gradient_of_a_residual_is_added():
+    x, norm, film, modulation, grad = draw((2, 9, 24))
+    leaves = [x, *norm.parameters(), *modulation[0]]
+    wanted = torch.autograd.grad(normalise(x, norm, film, modulation, gelu=True), leaves, grad)
+    outputs = normalise(x, norm, film, modulation, gelu=True, residual=True)
+    assert torch.equal(outputs[1], x)
+    found = torch.autograd.grad(outputs, leaves, (grad, 3 * grad))
+    for ours, theirs in zip(found, [wanted[0] + 3 * grad, *wanted[1:]], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_second_derivatives_are_refused():
     x, norm, _, _, _ = draw((2, 9, 24), False)
     with pytest.raises(RuntimeError, match="second derivatives"):
