@@ -40,6 +40,7 @@ class Attention(nn.Module):
         """x [B, G, G, width] -> the same shape."""
         h, x = normalise(x, self.norm, residual=True)
         qkv = self.qkv(h).flatten(1, 2).unflatten(2, (3, self.heads, HEAD_WIDTH))
+        del h  # which need not wait for the attention
         q, k, v = qkv.unbind(2)  # each [B, G * G, heads, 32]
         attention = _flash_attention if self._uses_flash(q) else _sdpa
         return x + self.out(attention(q, k, v).reshape(*x.shape[:-1], -1))

@@ -61,11 +61,12 @@ class _Conv3(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, grad_x, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv_transpose2d(grad.permute(0, 3, 1, 2), weight, padding=1)
-            grad_x = grad_x.permute(0, 2, 3, 1).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ _windows(x)).view(-1, 3, 3, x.shape[-1]).permute(0, 3, 1, 2).float()
+        with torch.autocast("cpu", enabled=False):  # it may be another than that of the forward pass
+            if ctx.needs_input_grad[0]:
+                grad_x = F.conv_transpose2d(grad.permute(0, 3, 1, 2), weight, padding=1)
+                grad_x = grad_x.permute(0, 2, 3, 1).to(ctx.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = (rows.T @ _windows(x)).view(-1, 3, 3, x.shape[-1]).permute(0, 3, 1, 2).float()
         return grad_x, grad_weight, rows.sum(0).float() if ctx.needs_input_grad[2] else None
 
 

@@ -22,7 +22,7 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None, res
     film        models.conditioning.FiLM, and the modulation that it looks itself up in, or None
     dropout     nn.Dropout or None
     residual    return x as well, for what is added to it later: used in its place, the gradients of both uses of x
-                come here and are added up in passing
+                come here and are added up, by the loops of a CPU in passing
     Returns the shape and the dtype of x, or (that, x) where residual.
     """
     scale, shift = (None, None) if film is None or modulation is None else modulation[film.place]

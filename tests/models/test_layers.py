@@ -73,3 +73,16 @@ def test_strides_and_other_kernels_are_those_of_pytorch():
     layer = ConvTranspose(64, 8, 4, stride=2, padding=1)
     wanted = F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, stride=2, padding=1)
     assert torch.equal(layer(x), wanted.permute(0, 2, 3, 1))
+
+
+def test_the_backward_pass_is_that_of_the_forward_precision():
+    """Whatever autocast is on when it runs."""
+    batch, height, width, channels, out = SMALL[0]
+    layer, x = Conv(channels, out, 3, padding=1), torch.randn(batch, height, width, channels, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = layer(x).float()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            gradients.append(torch.autograd.grad(result.sin().sum(), [x, layer.weight, layer.bias], retain_graph=True))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

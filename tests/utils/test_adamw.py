@@ -48,6 +48,19 @@ def test_updates_are_those_of_the_plain_loop(layout):
     assert [weight.stride() for weight in ours] == strides
 
 
+def test_a_gradient_that_is_one_number_expanded_counts_as_often():
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 33)), nn.Parameter(torch.ones(3, 5))] for _ in range(2))
+    fused, plain = AdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
+    for number in (1.0, -3.0):
+        for weight in (*ours, *theirs):
+            weight.grad = torch.tensor(number).expand(weight.shape)
+        fused.take_gradients()
+        fused.step()
+        plain.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_of_the_same_layout_are_not_copied():
     weights = layers()
     optimizer = AdamW(weights, **OPTIONS)
