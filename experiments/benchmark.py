@@ -38,6 +38,8 @@ def main():
     check_output_file(OUTPUT.value, "output")
     cfg = config.read_autoencoder_config(CONFIG)
     device, against = resolve_device(cfg.run.device), AGAINST.value is not None
+    if set(CHOSEN.value) & {"training", "parts", "sampling"}:
+        suites.Step(cfg, device)  # says what is wrong with the config before the first suite
     measure = {
         "operator": lambda: suites.operator(device, REPEATS.value),
         "knn": lambda: suites.knn(device, REPEATS.value),

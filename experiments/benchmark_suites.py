@@ -76,12 +76,13 @@ class Step:
 
     def __init__(self, cfg, device, reference=False):
         torch.manual_seed(0)
-        modules = nn.ModuleDict({"encoder": build_encoder(cfg), "decoder": build_decoder(cfg)}).to(device).train()
+        networks = {"encoder": build_encoder(cfg), "decoder": build_decoder(cfg)}
+        self.modules = nn.ModuleDict(networks).to(device).train()
         self.cfg, self.device, self.reference = cfg, device, reference
         self.dtype = torch.float32 if reference else resolve_dtype(cfg.train, device)
-        self.parameters = list(modules.parameters())
+        self.parameters = list(self.modules.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
-        self.encoder, self.decoder = modules["encoder"], modules["decoder"]
+        self.encoder, self.decoder = self.modules["encoder"], self.modules["decoder"]
         if reference:
             self.encoder, self.decoder = ReferenceEncoder(self.encoder), ReferenceDecoder(self.decoder)
         self.optimizer = (torch.optim.AdamW(self.parameters, lr=1e-4, foreach=False) if reference
@@ -106,11 +107,6 @@ class Step:
             terms = self.diffusion.training_losses(
                 lambda values, time: self.decoder(values, time, z, coords), images, t, coords, noise)
         return terms["loss"].mean()
-
-    def forget_gradients(self):
-        """A backward pass would be longer by adding its gradients to those of the pass before."""
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def update(self):
         if self.reference:
@@ -176,13 +172,13 @@ def parts(cfg, device, repeats):
         step()
 
         def sparse(step=step, drawn=drawn):
-            step.forget_gradients()
+            step.modules.zero_grad()  # or else gradients would be added to those of the call before
             images, noise, t, seen, coords = drawn
             with autocast(step.device, step.dtype):
                 _sparse_layers(step.encoder, step.decoder, images, t, seen, coords).backward()
 
         def backward(step=step, drawn=drawn):
-            step.forget_gradients()
+            step.modules.zero_grad()
             step.loss(*drawn).backward()
 
         def fresh(step=step):

@@ -1,4 +1,4 @@
-"""Linear, GELU, Linear on every point or node. Of features a CPU keeps only its input for the backward pass.
+"""Linear, GELU, Linear on every point or node. On a CPU its input is all that it keeps of features.
 
 The hidden layer is wider than the input, and kept before and after GELU it was more than a quarter of the memory of a
 training step. The backward pass computes it again, a sixth of the layer's work, and gets GELU with its gradient.

@@ -29,13 +29,13 @@ def normalise(x, norm, film=None, modulation=None, gelu=False, dropout=None, res
     rate = dropout.p if dropout is not None and dropout.training else 0.0
     implementation = _choose(x.device)
     if _can_fuse(x, norm, scale, shift, implementation) and rate < 1:
-        out = _Fused.apply(x, norm.weight, norm.bias, scale, shift, implementation, norm.eps, gelu, rate, residual)
-        return out if residual else out[0]
-    h = norm(x)
-    h = h if film is None else film(h, modulation)
-    h = F.gelu(h) if gelu else h
-    h = h if dropout is None else dropout(h)
-    h = h.to(x.dtype)  # on a GPU autocast computes norms in float32
+        h, x = _Fused.apply(x, norm.weight, norm.bias, scale, shift, implementation, norm.eps, gelu, rate)
+    else:
+        h = norm(x)
+        h = h if film is None else film(h, modulation)
+        h = F.gelu(h) if gelu else h
+        h = h if dropout is None else dropout(h)
+        h = h.to(x.dtype)  # on a GPU autocast computes norms in float32
     return (h, x) if residual else h
 
 
@@ -59,10 +59,10 @@ def _can_fuse(x, norm, scale, shift, implementation):
 
 
 class _Fused(torch.autograd.Function):
-    """That module's functions as one of x, weight, bias, scale and shift: (result,), and x where residual."""
+    """That module's functions as one of x, weight, bias, scale and shift, which returns its result and x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, implementation, eps, gelu, dropout, residual):
+    def forward(ctx, x, weight, bias, scale, shift, implementation, eps, gelu, dropout):
         ctx.set_materialize_grads(False)
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         ctx.implementation, ctx.modulated = implementation, scale is not None
@@ -72,18 +72,20 @@ class _Fused(torch.autograd.Function):
         ctx.options = gelu, dropout, *(torch.randint(2**32, (2,), device="cpu").tolist() if dropout else (0, 0))
         out, moments = implementation.forward(x, weight, bias, scale, shift, eps, *ctx.options)
         ctx.save_for_backward(x, weight, bias, scale, shift, moments)
-        return (out, x) if residual else (out,)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
+        return out, x
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad, residual=None):
+    def backward(ctx, grad, residual):
         if grad is None:  # the result was not used
-            return residual, *[None] * 9
+            return residual, *[None] * 8
         residual = None if residual is None else residual.contiguous()
         gradients = ctx.implementation.backward(grad.contiguous(), residual, *ctx.saved_tensors, *ctx.options)
         if not ctx.modulated:
             gradients = *gradients[:3], None, None
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """LayerNorm, FiLM, GELU and dropout of models/normalisation.py on a GPU, by the kernels of _triton_normalisation.py.
 
 Forward it moves the features twice, and backward three times, in their own dtype: 4 and 6 bytes a number in half
-precision. Beside the features, which it keeps anyway, the backward pass needs two numbers a row.
+precision. The gradient of a residual is added in place, which moves them three times more. Beside the features, which
+it keeps anyway, the backward pass needs two numbers a row.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, in Python: for tests.
 """

@@ -35,6 +35,36 @@ def test_an_unknown_suite_is_refused(tmp_path):
         run_script(SCRIPT, "--config", config, "--suites", "all"))
 
 
+def test_a_bad_config_is_told_before_the_first_suite(tmp_path):
+    config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
+    result = run_script(SCRIPT, "--config", config, "--config.model.attention=flash")
+    assert "model.attention='flash' is not one of" in only_line(result)
+    assert result.out == ""
+
+
+def test_the_passes_that_are_timed_do_not_add_up_gradients(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    config.model.uno_dropout = 0.0
+    steps, compared = [], []
+
+    def calls(arms, *_):
+        for name in ("forward and backward", "sparse layers of it"):
+            gradients = []
+            for _ in range(2):
+                arms[name]()
+                gradients.append([p.grad.clone() for p in steps[-1].parameters if p.grad is not None])
+            compared.extend(zip(*gradients, strict=True))
+        return dict.fromkeys(arms, 1.0)
+
+    monkeypatch.setattr(benchmark_suites, "Step", lambda *arguments, make=benchmark_suites.Step: (
+        steps.append(make(*arguments)) or steps[-1]))
+    monkeypatch.setattr(benchmark_suites, "interleaved", calls)
+    benchmark_suites.parts(config, torch.device("cpu"), 1)
+    assert any(one.any() for one, _ in compared)
+    for one, other in compared:
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
 def test_the_losses_of_twenty_steps_follow_those_of_the_reference(tmp_path, precision, tolerance):
     config = tiny_config(tmp_path)

@@ -82,6 +82,18 @@ def test_the_gradient_of_a_residual_is_added(dtype, fuse, used, monkeypatch):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_residual_asks_for_a_gradient_where_x_does(fuse, monkeypatch):
+    if not fuse:
+        monkeypatch.setattr(normalisation, "_can_fuse", lambda *arguments: False)
+    x, norm, _, _, grad = draw((2, 9, 32), False)
+    for needed in (True, False):
+        out, residual = normalise(x.detach().requires_grad_(needed), norm, residual=True)
+        assert residual.requires_grad == needed
+        out.backward(grad)
+    assert norm.weight.grad.any()
+
+
 @pytest.mark.parametrize("make", [
     lambda: ResidualBlock(SPEC, 32, 32, 8), lambda: ResidualBlock(SPEC, 32, 16, 8), lambda: Attention(32),
     lambda: functools.partial(SparseBlock(32, 3, 8), coords=Coordinates.full(2, (8, 8))),

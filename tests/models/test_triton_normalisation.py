@@ -218,7 +218,9 @@ def test_the_gradient_of_a_residual_is_added():
     wanted = torch.autograd.grad(normalise(x, norm, film, modulation, gelu=True), leaves, grad)
     outputs = normalise(x, norm, film, modulation, gelu=True, residual=True)
     assert torch.equal(outputs[1], x)
-    found = torch.autograd.grad(outputs, leaves, (grad, 3 * grad))
+    gradients = grad.clone(), 3 * grad
+    found = torch.autograd.grad(outputs, leaves, gradients)
+    assert torch.equal(gradients[0], grad) and torch.equal(gradients[1], 3 * grad)
     for ours, theirs in zip(found, [wanted[0] + 3 * grad, *wanted[1:]], strict=True):
         torch.testing.assert_close(ours, theirs)
 
