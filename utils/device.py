@@ -13,6 +13,7 @@ from utils.cores import warn_of_busy_cores
 from utils.errors import UserError
 
 HEAP_BLOCK, HEAP_BLOCKS = 2**24, 512  # bytes, 8 GB in all, of which nothing is used yet
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -90,8 +91,10 @@ def peak_memory_gb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
+@functools.cache
 def keep_freed_memory():
-    """Have glibc keep what is freed for the next step, in this process; does nothing with other C libraries.
+    """Have glibc keep what is freed for the next step, in this process; does nothing with other C libraries, nor when
+    it is called again.
 
     It would return the memory of large tensors to the kernel each time, and the page faults when they are made again
     cost up to twice as much as the loops of the sparse operator, and a sixth of the time of convolutions.
@@ -101,7 +104,8 @@ def keep_freed_memory():
     # M_TRIM_THRESHOLD: the heap never shrinks
     if mallopt and (mallopt(-3, 2**28) or mallopt(-3, 2**25)):
         mallopt(-1, -1)
-        _use_huge_pages()
+        if HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():  # else all programs get them, or none
+            _use_huge_pages()
 
 
 def _use_huge_pages():
