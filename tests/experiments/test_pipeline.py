@@ -52,7 +52,8 @@ def test_a_run_folder_holds_what_it_should(trained):
      "--config.model.uno_conv_type=spectral", "--config.mc_integral.type=stratified"],
 ])
 def test_stage_1_stopped_and_started_again_equals_an_unbroken_run(tmp_path, overrides):
-    config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
+    write_folder(tmp_path / "data", 23)
+    config = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
     command = [STAGE_1, "--config", config, *overrides]
     assert run_script(*command, "--config.run.experiment=whole").code == 0
     for steps in (3, 4):
@@ -65,7 +66,8 @@ def test_stage_1_stopped_and_started_again_equals_an_unbroken_run(tmp_path, over
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path):
-    config = write_config_file(tiny_config(tmp_path), tmp_path / "ae.py")
+    write_folder(tmp_path / "data", 23)
+    config = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
 
     def losses(name, seed):
         run_script(STAGE_1, "--config", config, f"--config.run.experiment={name}", f"--config.run.seed={seed}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.layouts import write_folder
 from tests.processes import own_lines, torchrun
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
@@ -87,7 +88,8 @@ def runs(tmp_path_factory):
     """(folder, arguments for stage 1, for both stages) where one process has trained stage 1 and two, half of it: one
     of them got a signal."""
     folder = tmp_path_factory.mktemp("runs")
-    config, latent = tiny_config(folder), tiny_latent_config(folder)
+    write_folder(folder / "data", 23)
+    config, latent = tiny_config(folder, folder / "data", "folder"), tiny_latent_config(folder)
     for part in (config, latent):
         part.train.batch_size, part.train.max_steps, part.train.plot_graph_steps = 8, 12, 1
         part.diffusion.schedule_sampler, part.diffusion.steps = "loss-second-moment", 4
