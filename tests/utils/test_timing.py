@@ -35,8 +35,9 @@ def test_long_functions_are_called_once_in_each_turn_after_a_warm_up(clock):
     assert order == ["a", "b"] * 4
 
 
-def test_short_functions_are_called_until_the_turn_is_long_enough(clock, monkeypatch):
+def test_short_functions_are_called_until_the_turn_is_long_enough_and_the_first_call_does_not_count(clock, monkeypatch):
     monkeypatch.setattr(timing, "SHORTEST", 2**-9)
-    order, times = [], [4.0] + [2**-12] * 8 + [2**-12, 3 * 2**-12] * 2
+    order, cold = [], 2**-10
+    times = [4.0] + [cold] + [2**-12] * 8 + [cold] + [2**-12, 3 * 2**-12] * 2
     assert timing.interleaved({"a": taking(clock, times, order, "a")}, 2, CPU) == {"a": 1.5 * 2**-12}
     assert len(order) == len(times)
