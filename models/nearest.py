@@ -12,7 +12,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -141,8 +140,8 @@ def _choose_search(device):
 
 def _search_compiled(table, offsets):
     shape = len(table), offsets.grid_size**2, offsets.k
-    place = torch.from_numpy(np.empty(shape, np.int64))  # torch.empty takes 2 to 4 of the search's 25 microseconds
-    squared_distance = torch.from_numpy(np.empty(shape, np.float32))
+    place = torch.empty(*shape, dtype=torch.int64, device=table.device)  # a tuple costs 0.5 of the search's 25 us more
+    squared_distance = torch.empty(*shape, device=table.device)
     tensors = (torch.int32, table.contiguous()), (torch.int64, place), (torch.float32, squared_distance)
     compiled.run_at("nearest.nearest", tensors, len(table), *offsets.arguments)
     return place, squared_distance

@@ -12,33 +12,40 @@ import torch
 STAT = pathlib.Path("/proc/stat")
 QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 LOOK = 0.25  # seconds; the kernel counts in hundredths
+LEAST = 0.1  # share of the cores that others have to use before it is told: some work is always done on a large machine
 
 
 @functools.cache
 def warn_of_busy_cores():
-    """Log a line, once in a process, where PyTorch would take more threads than there are cores for them. Linux only;
-    takes a quarter of a second, in which this process has to be idle."""
+    """Log a line, once in a process, where others use so many of its cores that some of PyTorch's threads find none.
+    Takes a quarter of a second. Linux only, and not where threads sleep while they wait."""
     threads = torch.get_num_threads()
-    if threads == 1 or not STAT.exists():
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if threads == 1 or passive or not hasattr(os, "sched_getaffinity"):
         return
     cores = os.sched_getaffinity(0)
-    before = STAT.read_text()
+    before, own = _read(STAT), time.process_time()
     time.sleep(LOOK)
-    warning = advice(threads, len(cores), busy_cores(before, STAT.read_text(), cores), allowed_cores())
+    busy = busy_cores(before, _read(STAT), cores) - (time.process_time() - own) / LOOK
+    warning = advice(threads, len(cores), busy, allowed_cores())
     if warning:
         logging.warning(warning)
 
 
 def advice(threads, cores, busy, allowed):
-    """The warning for `threads` threads on `cores` cores, of which other programs keep `busy` busy (a float) while a
-    container may use `allowed` (infinity: all); "" where each thread finds a core."""
-    fitting = max(1, round(min(cores - busy, allowed)))
+    """The warning for `threads` threads on `cores` cores (hyperthreads count), of which other programs keep `busy` busy
+    (a float) while a container may use `allowed` (infinity: all); "" where each thread finds a core, and about more
+    threads than cores, which somebody has asked for."""
+    threads = min(threads, cores)
+    if allowed < threads:
+        why, remedy, free = f"this container may use {allowed:g} of {cores} cores", "set", allowed
+    elif busy >= max(0.5, LEAST * cores):
+        why, remedy, free = f"other programs keep {busy:.1f} of {cores} cores busy", "stop them or set", cores - busy
+    else:
+        return ""
+    fitting = max(1, int(free + 0.5))
     if fitting >= threads:
         return ""
-    if allowed < cores - busy:
-        why, remedy = f"this container may use {allowed:g} of {cores} cores", "set"
-    else:
-        why, remedy = f"other programs keep {busy:.1f} of {cores} cores busy", "stop them or set"
     return (f"{why}, and {threads} threads would wait for each other: {remedy} OMP_NUM_THREADS={fitting} in the "
             "environment for a faster run (docs/running.md)")
 
@@ -57,14 +64,19 @@ def _core_times(text):
 
 
 def _busy_share(before, after):
-    ticks = [end - start for start, end in zip(before, after, strict=True)]
-    return 1 - (ticks[3] + ticks[4]) / sum(ticks) if sum(ticks) > 0 else 0.0
+    ticks = [max(end - start, 0) for start, end in zip(before, after, strict=True)]  # iowait may decrease
+    return 1 - (ticks[3] + ticks[4]) / sum(ticks) if any(ticks) else 0.0
 
 
 def allowed_cores():
     """Cores' worth of time that the container may use (cgroup v2): a float, infinity where there is no limit."""
+    quota, _, period = _read(QUOTA).partition(" ")
+    return int(quota) / int(period) if quota.isdigit() else float("inf")
+
+
+def _read(path):
+    """The text of a file of the kernel; "" where there is none, or none for this process."""
     try:
-        quota, period = QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if quota == "max" else int(quota) / int(period)
+        return path.read_text()
+    except OSError:
+        return ""

@@ -104,8 +104,16 @@ def keep_freed_memory():
     # M_TRIM_THRESHOLD: the heap never shrinks
     if mallopt and (mallopt(-3, 2**28) or mallopt(-3, 2**25)):
         mallopt(-1, -1)
-        if HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():  # else all programs get them, or none
+        if _programs_ask_for_huge_pages():
             _use_huge_pages()
+
+
+def _programs_ask_for_huge_pages():
+    """Whether Linux gives them to programs that ask; it may also give them to all, or to none."""
+    try:
+        return "[madvise]" in HUGE_PAGES.read_text()
+    except OSError:
+        return False
 
 
 def _use_huge_pages():

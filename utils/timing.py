@@ -7,6 +7,7 @@ import time
 import torch
 
 SHORTEST = 2e-3  # seconds of a turn
+SHORT = 10 * SHORTEST  # a function that takes less is called again in its turn
 
 
 def synchronise(device):
@@ -17,7 +18,7 @@ def synchronise(device):
 
 def interleaved(arms, repeats, device):
     """Median seconds of each of {name: function}. After a warm-up they take turns, so that a change in the load of a
-    shared machine hits all of them alike. A function that takes less than SHORTEST is called again until that has
+    shared machine hits all of them alike. A function that takes less than SHORT is called again until SHORTEST has
     passed, and the mean of those calls counts: the time with what it needs in the caches, and not of the first call,
     which finds there what the others left."""
     times = {name: [] for name in arms}
@@ -32,7 +33,7 @@ def interleaved(arms, repeats, device):
 def _mean_seconds(function, device):
     synchronise(device)
     first = _seconds(function, device)
-    if first >= SHORTEST:
+    if first >= SHORT:
         return first
     calls, passed = 0, 0.0
     while passed < SHORTEST:

@@ -10,12 +10,24 @@ import torch
 from ml_collections import ConfigDict
 
 from tests.scripts import ROOT
+from utils import device
 from utils.device import autocast, peak_memory_gb, resolve_device, resolve_dtype
 from utils.errors import UserError
 
 
 def train(amp=True, precision="auto"):
     return ConfigDict({"amp": amp, "precision": precision})
+
+
+def test_a_cpu_is_looked_at_for_other_programs(monkeypatch):
+    looks = []
+    monkeypatch.setattr("utils.device.warn_of_busy_cores", lambda: looks.append(1))
+    resolve_device("cpu")
+    assert len(looks) == 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    resolve_device("cuda:0")
+    assert len(looks) == 1
 
 
 def test_devices():
@@ -51,9 +63,19 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
     del held
 
 
+def test_the_heap_is_prepared_once(monkeypatch):
+    times = []
+    monkeypatch.setattr(device, "_programs_ask_for_huge_pages", lambda: times.append(1))
+    device.keep_freed_memory.cache_clear()
+    device.keep_freed_memory()
+    device.keep_freed_memory()
+    assert len(times) <= 1  # none with another C library
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of Linux")
 def test_the_heap_is_prepared_for_huge_pages_only_where_programs_ask_for_them(tmp_path):
-    """Where all get them, as glibc has it here, 8 GB of heap with something written every 16 MB would be 1 GB."""
+    """Where all programs get them, as with this tunable of glibc 2.35, 8 GB of heap with something written every 16 MB
+    would be 1 GB."""
     code = (
         "import os, pathlib, sys\n"
         "from utils import device\n"

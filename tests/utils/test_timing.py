@@ -37,7 +37,10 @@ def test_long_functions_are_called_once_in_each_turn_after_a_warm_up(clock):
 
 def test_short_functions_are_called_until_the_turn_is_long_enough_and_the_first_call_does_not_count(clock, monkeypatch):
     monkeypatch.setattr(timing, "SHORTEST", 2**-9)
-    order, cold = [], 2**-10
+    monkeypatch.setattr(timing, "SHORT", 2**-6)
+    order, cold = [], 2**-6 - 2**-12
     times = [4.0] + [cold] + [2**-12] * 8 + [cold] + [2**-12, 3 * 2**-12] * 2
     assert timing.interleaved({"a": taking(clock, times, order, "a")}, 2, CPU) == {"a": 1.5 * 2**-12}
     assert len(order) == len(times)
+    times = [2**-6] * 2 + [2**-6 - 2**-12, 2**-7]
+    assert timing.interleaved({"a": taking(clock, times)}, 2, CPU) == {"a": (2**-6 + 2**-7) / 2}
