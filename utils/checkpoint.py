@@ -92,8 +92,9 @@ def load_checkpoint(path, kind=None):
         raise DamagedCheckpoint(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
         script = f" with {TRAINED_BY[kind]}" if kind in TRAINED_BY else ""
+        where = f"{kind} config" if kind else "config"
         raise UserError(f"there is no checkpoint {path}; train it first{script}, or set run.output_dir and "
-                        "run.experiment to those of the training run")
+                        f"run.experiment of the {where} to those of the training run")
     try:
         _check_digest(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -18,10 +18,10 @@ LEAST = 0.1  # share of the cores that others have to use before it is told: som
 @functools.cache
 def warn_of_busy_cores():
     """Log a line, once in a process, where others use so many of its cores that some of PyTorch's threads find none.
-    Takes a quarter of a second. Linux only, and not where threads sleep while they wait."""
+    Takes a quarter of a second. Linux only; not where threads sleep while they wait, and not where there is a GPU."""
     threads = torch.get_num_threads()
     passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-    if threads == 1 or passive or not hasattr(os, "sched_getaffinity"):
+    if threads == 1 or passive or torch.cuda.is_available() or not hasattr(os, "sched_getaffinity"):
         return
     cores = os.sched_getaffinity(0)
     before, own = _read(STAT), time.process_time()

@@ -9,7 +9,6 @@ import sys
 import torch
 
 from utils import distributed
-from utils.cores import warn_of_busy_cores
 from utils.errors import UserError
 
 HEAP_BLOCK, HEAP_BLOCKS = 2**24, 512  # bytes, 8 GB in all, of which nothing is used yet
@@ -36,8 +35,6 @@ def resolve_device(name):
                         "use run.device=auto, and no more processes than GPUs")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for what is made without a device: streams, kernels, the network's buffers
-    if device.type == "cpu":
-        warn_of_busy_cores()
     return device
 
 

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
+from utils.cores import warn_of_busy_cores
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import read_image, save_png, to_uint8
@@ -42,6 +43,8 @@ class ImageFolder:
         """
         missing = distributed.from_main(
             lambda: [index for index in range(self.total) if not self.file(index).exists()])
+        if missing:
+            warn_of_busy_cores()
         batch_size = min(batch_size, -(-len(missing) // distributed.world_size())) or 1  # work for everyone
         main = distributed.is_main()
         with tqdm(total=self.total, initial=self.total - len(missing), unit="image", desc=str(self.path),

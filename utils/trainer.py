@@ -11,6 +11,7 @@ from utils import distributed, rng
 from utils.checkpoint import check_same_architecture, load_weights
 from utils.checkpoint_folder import CheckpointFolder
 from utils.config import run_dir, write_config
+from utils.cores import warn_of_busy_cores
 from utils.device import autocast, peak_memory_gb, resolve_dtype
 from utils.ema import EMA
 from utils.errors import UserError
@@ -104,6 +105,7 @@ class Trainer:
         if self.step >= max_steps and not distributed.any_rank(self._evaluation_is_due()):
             logging.info("%s is at step %d already; raise train.max_steps to go on", self.checkpoints.newest, self.step)
             return
+        warn_of_busy_cores()
         if distributed.is_main():
             for folder in (self.folder, self.folder / "images"):
                 remove_leftovers(folder)

@@ -84,6 +84,7 @@ def machine(monkeypatch, tmp_path):
     """A machine on which this process has the cores 1 and 3, and PyTorch two threads."""
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: {1, 3}, raising=False)
     monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cores.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cores.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(cores.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(cores, "QUOTA", tmp_path / "absent")
@@ -113,7 +114,8 @@ def test_it_looks_for_a_while(machine):
 @pytest.mark.parametrize("change", [
     lambda patch: patch.setattr(cores.torch, "get_num_threads", lambda: 1),
     lambda patch: patch.setenv("OMP_WAIT_POLICY", "PASSIVE"),
-    lambda patch: patch.delattr(cores.os, "sched_getaffinity")], ids=["one thread", "they sleep", "not Linux"])
+    lambda patch: patch.setattr(cores.torch.cuda, "is_available", lambda: True),
+    lambda patch: patch.delattr(cores.os, "sched_getaffinity")], ids=["one thread", "they sleep", "a GPU", "not Linux"])
 def test_where_nothing_can_be_wrong_it_does_not_look(machine, caplog, change):
     change(machine)
     cores.warn_of_busy_cores()

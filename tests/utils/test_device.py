@@ -19,17 +19,6 @@ def train(amp=True, precision="auto"):
     return ConfigDict({"amp": amp, "precision": precision})
 
 
-def test_a_cpu_is_looked_at_for_other_programs(monkeypatch):
-    looks = []
-    monkeypatch.setattr("utils.device.warn_of_busy_cores", lambda: looks.append(1))
-    resolve_device("cpu")
-    assert len(looks) == 1
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    resolve_device("cuda:0")
-    assert len(looks) == 1
-
-
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

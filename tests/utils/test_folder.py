@@ -30,6 +30,15 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     assert (read_image(tmp_path / "00004.png") == round(127.5 * 1.4)).all()
 
 
+def test_busy_cores_are_looked_for_where_images_are_made(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr("utils.folder.warn_of_busy_cores", lambda: looks.append(1))
+    fill(ImageFolder(tmp_path, 3, {}))
+    assert len(looks) == 1
+    fill(ImageFolder(tmp_path, 3, {}))
+    assert len(looks) == 1
+
+
 def test_all_images_come_back_as_floats(tmp_path):
     folder = ImageFolder(tmp_path, 3, {})
     fill(folder)

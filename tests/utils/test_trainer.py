@@ -71,6 +71,17 @@ def equal(a, b):
     return a == b
 
 
+def test_busy_cores_are_looked_for_once_there_is_something_to_do(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr("utils.trainer.warn_of_busy_cores", lambda: looks.append(1))
+    trainer = make_trainer(tmp_path, 1)
+    assert not looks  # a mistake may still be found
+    trainer.train()
+    assert len(looks) == 1
+    trainer.train()
+    assert len(looks) == 1
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_stopped_run_goes_on_to_the_same_checkpoint(tmp_path, stop):
     make_trainer(tmp_path / "whole", 7).train()
