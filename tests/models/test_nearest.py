@@ -59,7 +59,7 @@ def test_grids_of_many_rows(monkeypatch, size, grid_size, share):
     """Both searches agree bit for bit, also where a thread has several bands of rows, and lists are long."""
     coords = draw(size, size[0] * size[1] // share, batch=3)
     found = nearest_pixels(coords, grid_size, 3)
-    monkeypatch.setattr(nearest, "_choose_search", lambda device: nearest._search_torch)
+    monkeypatch.setattr(nearest, "_choose_search", lambda table: nearest._search_torch)
     for ours, theirs in zip(found, nearest_pixels(coords, grid_size, 3), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -20,7 +20,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 def chosen(monkeypatch):
     """On CPU the loops of numba would be."""
     monkeypatch.setattr(nearest.compiled, "is_available", lambda: False)
-    assert nearest._choose_search(DEVICE) is nearest._search_triton
+    assert nearest._choose_search(torch.empty(1, device=DEVICE)) is nearest._search_triton
 
 
 def check_against_the_definition(coords, grid_size, k):
@@ -74,6 +74,6 @@ def test_ties_among_all_pixels_are_broken_by_raster_index(monkeypatch):
 def test_agrees_with_the_search_in_torch(monkeypatch):
     coords = draw((12, 20), 60, seed=1)
     ours = nearest_pixels(coords, 8, 3)
-    monkeypatch.setattr(nearest, "_choose_search", lambda device: nearest._search_torch)
+    monkeypatch.setattr(nearest, "_choose_search", lambda table: nearest._search_torch)
     for value, theirs in zip(ours, nearest_pixels(coords, 8, 3), strict=True):
         assert torch.equal(value, theirs)
