@@ -86,7 +86,7 @@ def folder_instead(path):
 # what is done to the file of that name in the run of the script's stage, and what the one line must say
 SPOILED = {
     "gone": (lambda path: path.unlink(), "there is no checkpoint checkpoints/tiny/checkpoint.pt; train it first with "
-             "train_inf_ae_diffusion.py, or set run.output_dir and run.experiment"),
+             "train_inf_ae_diffusion.py, or set run.output_dir and run.experiment of the autoencoder config to"),
     "empty": (write(b""), "is not a readable checkpoint (no checksum at its end"),
     "text": (write(b"<html>404</html>" * 99), "is not a readable checkpoint (no checksum at its end"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "is not a readable checkpoint"),
@@ -140,7 +140,8 @@ OTHER_CONFIGS = [
     (SAMPLES, "--decoder_config.model.nf=16", "model.nf=8, the config has 16"),
     (SAMPLES, "--decoder_config.run.experiment=absent", "there is no checkpoint"),
     (SAMPLES, "--config.run.experiment=absent", "best_latent_checkpoint.pt; train it first with "
-                                                "train_latent_diffusion.py"),
+                                                "train_latent_diffusion.py, or set run.output_dir and run.experiment "
+                                                "of the latent config to"),
     (SAMPLES, "--config.run.experiment=tiny", "is also that of the autoencoder"),
     (SAMPLES, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
     (SAMPLES, "--decoder_config.data.img_size=32", "trained with data.img_size=16, the config has 32"),
