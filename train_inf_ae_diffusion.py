@@ -13,7 +13,7 @@ from data.coordinates import Coordinates
 from data.datasets import build_dataset
 from data.loader import all_batches, training_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode
+from diffusion.sampling import decode, encode
 from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_decoder, build_encoder
 from utils import cli, config, rng

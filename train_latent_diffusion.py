@@ -14,11 +14,11 @@ from data.datasets import build_dataset
 from data.latents import latents_key, load_latents
 from data.loader import training_item, training_positions
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode, sample_latents
+from diffusion.sampling import decode, encode, sample_latents
 from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_latent_model
 from models.load import load_autoencoder
-from utils import cli, config, rng, trained_config
+from utils import cli, config, rng
 from utils.checkpoint import digest
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.images import tile, to_uint8
@@ -87,7 +87,7 @@ def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device, tick):
 
 
 def main():
-    cfg, decoder_cfg = config.read_latent_config(CONFIG), trained_config.read_trained_autoencoder_config(DECODER_CONFIG)
+    cfg, decoder_cfg = config.read_latent_config(CONFIG), config.read_trained_autoencoder_config(DECODER_CONFIG)
     config.check_same_latent(cfg, decoder_cfg)
     device = resolve_device(cfg.run.device)
     check_wandb(cfg.run)

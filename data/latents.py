@@ -11,7 +11,7 @@ from data.loader import all_batches
 from utils import distributed
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.stop import Stopped, StopRequest, exit_code
+from utils.shutdown import Stopped, StopRequest, exit_code
 
 SAVE_SECONDS = 60  # between two times that what is encoded so far is written
 
@@ -38,7 +38,7 @@ def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, 
 
     key       of latents_key
     encode    images [B, C, H, W] -> latents [B, Z]
-    A run that is killed goes on from what it had saved; one that is asked to stop saves, and raises utils.stop.Stopped.
+    A run that is killed goes on from what it had saved; one that is asked to stop saves and raises Stopped.
     """
     saved = _read(path, key)
     if distributed.any_rank(saved is None):

@@ -17,7 +17,7 @@ from absl import flags
 
 from data.datasets import build_dataset
 from data.datasets.functions import Functions
-from data.lmdb_writer import write_prepared
+from data.datasets.lmdb import write_prepared
 from utils import cli, config
 from utils.errors import UserError
 

@@ -6,7 +6,7 @@ f(x, y) = Σ_k a_k ψ_k1(y) ψ_k2(x) with ψ_0 = 1 and ψ_k(u) = √2 cos(πku),
 
 so that f has the Matérn covariance of smoothness ν, (τ² − Δ)^(−ν−1), with the Neumann boundary: the field of the Darcy
 benchmark of neural operators, which has τ = 3, is one of them. The ψ_k are orthonormal, so that S is what the DCT-II of
-an image of f measures (utils.spectrum). No k is above 31: an image of 32² or more holds all of f.
+an image of f measures (experiments.metrics.images). No k is above 31: an image of 32² or more holds all of f.
 """
 
 import functools

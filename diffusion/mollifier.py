@@ -1,4 +1,11 @@
-"""The mollifier T: a Gaussian blur that turns white noise into a function (METHOD, the mollifier T).
+"""Mollified white noise as one function over [0, 1]², so that a sample starts from the same noise at every resolution.
+
+In the orthonormal basis psi_k1(y) psi_k2(x) of functions over [0, 1]², psi_0 = 1 and psi_k(u) = sqrt(2) cos(pi k u),
+the coefficients of white noise are independent and standard normal, and T multiplies them by
+exp(-(pi² sigma² / 2)(k1² / R_h² + k2² / R_w²)). At the pixel centres of an H×W image the functions with k1 < H and
+k2 < W are the DCT-II: T xi of that image is the sum over those, with the same coefficients whatever its size.
+
+The mollifier T: a Gaussian blur that turns white noise into a function (METHOD, the mollifier T).
 
 T multiplies coefficient (k1, k2) of the two-dimensional DCT-II of an H×W image, which carries the half-sample
 symmetric boundary, by exp(-(pi² sigma² / 2)(k1² / H² + k2² / W²)), sigma in pixels of that image. Both the transform
@@ -10,9 +17,51 @@ import math
 
 import torch
 
-from diffusion import noise
+from utils import rng
 from utils.errors import UserError
 from utils.rng import randn
+
+NEGLIGIBLE = 1e-8  # factor of T below which a coefficient is left out: float32 would not show it
+
+
+def coefficients(lead, count, block, generator=None, device=None):
+    """The first count = (rows, columns) standard normal coefficients of white noise, float32 [*lead, rows, columns].
+
+    Each is a function of its place and its sample's generator: a larger count adds coefficients and changes none.
+    Those of `block` = (R_h, R_w), the training resolution, are drawn from the generator itself, and all others, one
+    such block after another, from a second stream that the generator seeds. So it moves on by the same whatever the
+    count, and the noise that a sampler adds in later steps is shared by all sizes too.
+    lead        (batch, channels)
+    generator   one torch.Generator, or a list of one per sample
+    """
+    first = rng.randn((*lead, *block), generator, device)
+    seed = rng.draw_seed(generator, device)
+    blocks = [-(-wanted // length) for wanted, length in zip(count, block, strict=True)]
+    detail = rng.seeded(seed) if max(blocks) > 1 else None
+    canvas = first.new_zeros(*lead, blocks[0] * block[0], blocks[1] * block[1])
+    for i, j in _shells(max(blocks)):
+        drawn = first if i == j == 0 else rng.randn(first.shape, detail, device)
+        if i < blocks[0] and j < blocks[1]:
+            canvas[..., i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]] = drawn
+    return canvas[..., : count[0], : count[1]]
+
+
+def _shells(count):
+    """Places (i, j) with i, j < count, in order of the larger of the two: those of a larger count come last."""
+    return sorted(((i, j) for i in range(count) for j in range(count)), key=lambda place: (max(place), place))
+
+
+def significant(length, width):
+    """How many coefficients of an axis of `length` pixels matter; width is sigma as a fraction of the axis."""
+    return math.ceil(min(length, math.sqrt(-2 * math.log(NEGLIGIBLE)) / (math.pi * width)))
+
+
+def mollified_cosines(position, count, width, scale):
+    """Values scale · exp(-(pi width k)² / 2) psi_k(u) for positions u float64 [n] and k < count, [n, count]."""
+    k = torch.arange(count, dtype=torch.float64)
+    basis = torch.cos(math.pi * position[:, None] * k) * math.sqrt(2)
+    basis[:, 0] = 1
+    return basis * torch.exp(-0.5 * (math.pi * width * k) ** 2) * scale
 
 
 class GaussianMollifier:
@@ -74,7 +123,7 @@ class GaussianMollifier:
     def noise_like(self, x, generator=None):
         """T xi of the shape, device and precision of x; generator: one torch.Generator or a list of one per sample.
 
-        A generator stands for one function (diffusion.noise), of which this is the values at the pixels of x [B, C, H,
+        A generator stands for one function, of which this is the values at the pixels of x [B, C, H,
         W], for any H and W. Coefficients below the Nyquist frequency of the training resolution are shared by all
         sizes that have them, and so are those above it: they hold erfc(pi sigma) of the variance along each axis, 9e-6
         for sigma = 1 and 3 % for sigma = 0.5, but without them it would be too small at the larger sizes.
@@ -91,8 +140,8 @@ class GaussianMollifier:
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         widths = [self.sigma / length for length in self.train_size]
-        counts = [noise.significant(length, width) for length, width in zip(size, widths, strict=True)]
-        drawn = noise.coefficients(x.shape[:2], counts, self.train_size, generator, x.device).to(dtype)
+        counts = [significant(length, width) for length, width in zip(size, widths, strict=True)]
+        drawn = coefficients(x.shape[:2], counts, self.train_size, generator, x.device).to(dtype)
         rows, columns = (_cosines(*axis, x.device, dtype)[part]
                          for *axis, part in zip(size, counts, widths, self.train_size, window, strict=True))
         with torch.autocast(x.device.type, enabled=False):
@@ -142,7 +191,7 @@ def _cosines(length, count, width, train_length, device, dtype):
     White noise averaged over a pixel of the training resolution has variance 1; that makes its unit train_length^-½.
     """
     position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
-    return noise.mollified_cosines(position, count, width, train_length**-0.5).to(device, dtype)
+    return mollified_cosines(position, count, width, train_length**-0.5).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=32)

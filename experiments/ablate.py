@@ -4,9 +4,9 @@ r"""Train and score variants of a config on a budget: one table, in results.md, 
     python experiments/ablate.py --config configs/demo_config.py --minutes 1 --axes subsampling,kernel \
         --feature_model efficientnet_lite0
 
-The axes are the files of configs/ablations/. Each variant is trained by train_inf_ae_diffusion.py, in a process of its
-own, and then judged on held-out images: by the error of its estimate of x_0 (diffusion/evaluation.py), and by what it
-encodes and decodes again (PSNR after one blur for all, KID). The same command goes on where it was stopped. What has
+The axes are the functions of configs/ablations.py. Each variant is trained by train_inf_ae_diffusion.py, in its own
+process, and then judged on held-out images: by the error of its estimate of x_0 (experiments/metrics/images.py), and by
+its reconstructions (PSNR after the same blur for all, KID). The same command goes on where it was stopped. What has
 its result is not run again, and more axes can be added. Fields given as --config.… hold for all variants.
 """
 
@@ -21,7 +21,7 @@ from absl import flags
 from configs import ablations
 from data.datasets import build_dataset
 from diffusion.samplers import SAMPLERS
-from experiments.ablation_runs import (
+from experiments.lib.ablation_runs import (
     FirstImages,
     check_runs,
     config_arguments,
@@ -30,17 +30,16 @@ from experiments.ablation_runs import (
     steps_in,
     train,
 )
-from experiments.application import check_finite
+from experiments.lib.applications import check_finite
+from experiments.lib.plots import write_results
+from experiments.metrics.features import NETWORKS, build_feature_model
 from utils import cli, config
-from utils.device import resolve_device
-from utils.environment import environment
+from utils.device import environment, resolve_device
 from utils.errors import UserError
-from utils.features import NETWORKS, build_feature_model
 from utils.files import check_writable, read_json, replacing
-from utils.results import write_results
 
 CONFIG = config.define_config_flag("config", "config of the base, whose fields the variants change")
-AXES = flags.DEFINE_list("axes", ablations.AXES, "which files of configs/ablations/")
+AXES = flags.DEFINE_list("axes", list(ablations.AXES), "which axes of configs/ablations.py")
 STEPS = flags.DEFINE_integer("steps", None, "training steps of a variant", lower_bound=10)
 MINUTES = flags.DEFINE_float("minutes", None, "training time of a variant, in place of steps", lower_bound=0.05)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "held-out images to judge by, or all there are", lower_bound=4)

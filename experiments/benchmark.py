@@ -14,13 +14,12 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import benchmark_suites as suites
+from experiments.lib import benchmark_suites as suites
+from experiments.lib.benchmark_suites import machine
 from utils import cli, config
-from utils.device import resolve_device
-from utils.environment import environment
+from utils.device import environment, resolve_device
 from utils.errors import UserError
 from utils.files import check_output_file, replacing
-from utils.timing import machine
 
 CONFIG = config.define_config_flag("config", "autoencoder config of the suites training, parts and sampling")
 SUITES = ("operator", "knn", "training", "parts", "sampling")

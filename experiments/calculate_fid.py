@@ -23,15 +23,15 @@ from ml_collections import ConfigDict
 
 from configs.defaults import autoencoder_config
 from data.datasets import build_dataset
-from experiments.sampling import define_sampling_flags, make_samples
-from utils import cli, config, distributed, protocol, trained_config
+from experiments.lib.image_folders import SampleFolder
+from experiments.lib.sampling import define_sampling_flags, make_samples
+from experiments.metrics import fid as protocol
+from experiments.metrics.features import NETWORKS, build_feature_model
+from experiments.metrics.fid import MIN_IMAGES, compare
+from utils import cli, config, distributed
 from utils.device import resolve_device
 from utils.errors import UserError
-from utils.features import NETWORKS, build_feature_model
 from utils.files import check_output_file, replacing
-from utils.metrics import MIN_IMAGES
-from utils.sample_folder import SampleFolder
-from utils.scoring import compare
 
 FEW = 10_000  # images below which a Fréchet distance is clearly too high
 
@@ -96,7 +96,7 @@ def check_flags():
 
 def read_configs():
     """(latent config or None, autoencoder config), from whichever of the flags were given."""
-    latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
+    latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if not SAMPLES.value and (autoencoder is None or latent is None and autoencoder.model.z_dim):
         raise UserError("--samples is missing; give a folder, or --config and --decoder_config to make the samples")
     if autoencoder is None and not REAL.value:

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.nn.functional as F
 from absl import flags
 
+from experiments.lib.image_folders import SampleFolder
+from experiments.metrics.images import psnr
 from utils import cli
 from utils.errors import UserError
 from utils.files import check_output_file, replacing
-from utils.sample_folder import SampleFolder
-from utils.similarity import psnr
 
 REFERENCE = flags.DEFINE_string("reference", None, "folder of images")
 SAMPLES = flags.DEFINE_list("samples", None, "folders to compare with it: the first of each have to be the same images")

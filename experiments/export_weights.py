@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from models.load import load_trained
-from utils import cli, config, trained_config
+from utils import cli, config
+from utils.checkpoint import save_weights
 from utils.errors import UserError
 from utils.files import check_output_file
-from utils.weights_file import save_weights
 
 CONFIG = config.define_config_flag("config", "config of a trained autoencoder or latent model")
 WHICH = flags.DEFINE_enum("which", None, ["newest", "best"], "which checkpoint; default: the one that is sampled from, "
@@ -27,9 +27,9 @@ OUTPUT = flags.DEFINE_string("output", None, "the file to write; default: in the
 
 def main():
     if CONFIG.value is not None and "mc_integral" in CONFIG.value:
-        cfg, kind, prefix, which = trained_config.read_trained_autoencoder_config(CONFIG), "autoencoder", "", "newest"
+        cfg, kind, prefix, which = config.read_trained_autoencoder_config(CONFIG), "autoencoder", "", "newest"
     else:
-        cfg, kind, prefix, which = trained_config.read_trained_latent_config(CONFIG), "latent", "latent_", "best"
+        cfg, kind, prefix, which = config.read_trained_latent_config(CONFIG), "latent", "latent_", "best"
     run = config.run_dir(cfg)
     output = Path(OUTPUT.value or run / f"{prefix}weights.safetensors")
     if output.suffix != ".safetensors":

@@ -16,15 +16,15 @@ from absl import flags
 from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from utils import cli, config, rng, trained_config
-from utils.folder import ImageFolder
+from experiments.lib.image_folders import ImageFolder
+from utils import cli, config, rng
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for its data set and mollifier")
 OUTPUT = flags.DEFINE_string("output", "noise", "folder for the images")
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     mollifier = build_diffusion(cfg).mollifier
     dataset = build_dataset(cfg, train=False)
     images = torch.cat([batch for batch, _ in all_batches(dataset, 64)])

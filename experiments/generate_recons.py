@@ -17,16 +17,16 @@ from torch.utils.data import Subset
 from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode, reconstruction_scores
 from diffusion.samplers import SAMPLERS
-from experiments.sampling import MAX_POINTS as DEFAULT_MAX_POINTS
+from diffusion.sampling import decode, encode, reconstruction_scores
+from experiments.lib.image_folders import ImageFolder
+from experiments.lib.sampling import MAX_POINTS as DEFAULT_MAX_POINTS
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, distributed, rng, trained_config
+from utils import cli, config, distributed, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.folder import ImageFolder
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "which images to reconstruct")
@@ -42,7 +42,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: re
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     if not cfg.model.z_dim:
         raise UserError("config.model.z_dim=0: without an encoder nothing is reconstructed; use generate_samples.py")
     height, width = size = config.parse_image_size(SIZE.value, cfg.data.img_size)

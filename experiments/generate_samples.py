@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from experiments.sampling import define_sampling_flags, make_samples
-from utils import cli, config, distributed, trained_config
+from experiments.lib.sampling import define_sampling_flags, make_samples
+from utils import cli, config, distributed
 
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or that of a "
                                    "model without an encoder")
@@ -31,8 +31,8 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: sa
 
 
 def main():
-    latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
-    autoencoder = autoencoder or trained_config.read_trained_autoencoder_config(DECODER_CONFIG)
+    latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
+    autoencoder = autoencoder or config.read_trained_autoencoder_config(DECODER_CONFIG)
     folder = make_samples(latent, autoencoder, OPTIONS, NUM_SAMPLES.value, OUTPUT.value, WINDOW.value)
     if distributed.is_main():
         print(f"{folder.total} images in {folder.path}")

@@ -16,21 +16,21 @@ import torch
 from absl import flags
 
 from data.loader import to_float
-from data.masks import KINDS, make_masks
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode, images_at_once
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
-from experiments.application import check_finite, latent_sampler, read_images, write_scores
-from experiments.sampling import MAX_POINTS
+from diffusion.sampling import decode, encode, images_at_once
+from experiments.lib.applications import check_finite, latent_sampler, read_images, write_scores
+from experiments.lib.image_folders import ImageFolder
+from experiments.lib.image_grid import save_sheet
+from experiments.lib.masks import KINDS, make_masks
+from experiments.lib.sampling import MAX_POINTS
+from experiments.metrics.images import psnr, roughness
 from models.load import autoencoder_path, load_autoencoder
-from utils import cli, config, rng, trained_config
+from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.folder import ImageFolder
 from utils.images import read_image
-from utils.sheet import save_sheet
-from utils.similarity import psnr, roughness
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: z from its model instead of the encoder")
@@ -51,7 +51,7 @@ SHOWN = 8  # rows of the grid
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     check_finite(GUIDANCE, CONSISTENCY)
     diffusion = build_diffusion(cfg, STEPS.value)
     device = resolve_device(cfg.run.device)

@@ -20,20 +20,26 @@ from tqdm import tqdm
 from data.datasets import build_dataset
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import encode, invert
-from diffusion.latent_space import along, between, principal_directions
-from experiments.application import check_encoder, check_finite, encode_all, latent_sampler, read_images, write_scores
-from experiments.sampling import MAX_POINTS
-from experiments.walks import render, show
+from diffusion.sampling import encode, invert
+from experiments.lib.applications import (
+    check_encoder,
+    check_finite,
+    encode_all,
+    latent_sampler,
+    read_images,
+    write_scores,
+)
+from experiments.lib.image_folders import ImageFolder
+from experiments.lib.latent_paths import along, between, principal_directions, render, show
+from experiments.lib.sampling import MAX_POINTS
+from experiments.metrics.images import psnr
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, rng, trained_config
+from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.folder import ImageFolder
 from utils.images import read_image, to_uint8
-from utils.similarity import psnr
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: between its samples instead of images")
@@ -56,7 +62,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: i
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     samples = LATENT_CONFIG.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)

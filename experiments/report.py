@@ -19,9 +19,10 @@ from absl import flags
 
 from configs.defaults import autoencoder_config, latent_config
 from data.datasets import build_dataset
-from experiments import report_sections as sections
+from experiments.lib import html_report as page
+from experiments.lib import report_sections as sections
 from models.load import autoencoder_path, latent_path
-from utils import cli, config, page, trained_config
+from utils import cli, config
 from utils.errors import UserError
 from utils.files import check_output_file, read_json, replacing
 
@@ -31,12 +32,12 @@ FOLDER = flags.DEFINE_string("folder", None, "where images and scores of the run
 SEARCH = flags.DEFINE_integer("search", 20_000, "training images among which copies are looked for; 0: none",
                               lower_bound=0)
 OUTPUT = flags.DEFINE_string("output", None, "the page to write; default: report.html in the folder of the run")
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = Path(__file__).parent / "lib" / "report_template.html"
 
 
 def main():
     check_output_file(OUTPUT.value, "output")
-    latent, autoencoder = trained_config.read_trained_stages(CONFIG, DECODER_CONFIG)
+    latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if autoencoder is None:
         raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config where "
                         "--config is a latent one")

@@ -24,11 +24,11 @@ from absl import flags
 
 from utils import cli, config
 from utils.checkpoint import load_checkpoint
-from utils.environment import ROOT
+from utils.device import ROOT
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.logging import read_metrics
-from utils.stop import REQUEUE
+from utils.shutdown import REQUEUE
 
 CONFIG = config.define_config_flag("config", "autoencoder config", str(ROOT / "configs" / "demo_config.py"))
 MINUTES = flags.DEFINE_float("minutes", 15.0, "a round is begun until then", lower_bound=0.0)

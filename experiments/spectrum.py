@@ -19,16 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from data.inputs import heldout_images
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from utils import cli, config, trained_config
+from experiments.lib.image_folders import SampleFolder, heldout_images
+from experiments.lib.plots import line_plot, to_bytes
+from experiments.metrics.images import log_ratio, radial_spectrum
+from utils import cli, config
 from utils.errors import UserError
 from utils.files import check_writable, replacing
 from utils.images import to_uint8
-from utils.plots import line_plot, to_bytes
-from utils.sample_folder import SampleFolder
-from utils.spectrum import log_ratio, radial_spectrum
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for its data set and mollifier")
 SAMPLES = flags.DEFINE_list("samples", [], "folders of samples, separated by commas")
@@ -36,7 +35,7 @@ OUTPUT = flags.DEFINE_string("output", "spectrum", "folder for spectrum.png and 
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     if not SAMPLES.value:
         raise UserError("--samples is missing; give folders that generate_samples.py made, separated by commas")
     output = Path(OUTPUT.value)

@@ -19,21 +19,21 @@ from absl import flags
 
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.generate import decode, encode, images_at_once
 from diffusion.guidance import Consistent, Constraint, Downsampling
 from diffusion.samplers import SAMPLERS, sample
-from experiments.application import check_encoder, check_finite, write_scores
-from experiments.enlargement import interpolations, read_inputs, score
-from experiments.sampling import MAX_POINTS
+from diffusion.sampling import decode, encode, images_at_once
+from experiments.lib.applications import check_encoder, check_finite, write_scores
+from experiments.lib.image_folders import ImageFolder
+from experiments.lib.image_grid import save_sheet
+from experiments.lib.sampling import MAX_POINTS
+from experiments.lib.super_resolution import interpolations, read_inputs, score
 from models.load import autoencoder_path, load_autoencoder
 from models.tiles import check_max_points
-from utils import cli, config, rng, trained_config
+from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.folder import ImageFolder
 from utils.images import read_image
-from utils.sheet import save_sheet
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 INPUT_SIZE = flags.DEFINE_string("input_img_size", None, "side of the inputs in pixels, or HEIGHTxWIDTH; default: the "
@@ -54,7 +54,7 @@ SHOWN = 8  # rows of the grid
 
 
 def main():
-    cfg = trained_config.read_trained_autoencoder_config(CONFIG)
+    cfg = config.read_trained_autoencoder_config(CONFIG)
     check_encoder(cfg)
     check_flags()
     diffusion = build_diffusion(cfg, STEPS.value, SAMPLER.value)

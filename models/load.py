@@ -7,11 +7,16 @@ alone, and would cast others anew in every evaluation. Who differentiates in som
 from torch import nn
 
 from models.build import build_decoder, build_encoder, build_latent_model
-from utils.checkpoint import check_same_architecture, digest, load_weights
-from utils.checkpoint_folder import load_newest, older_checkpoints
+from utils.checkpoint import (
+    check_same_architecture,
+    digest,
+    load_newest,
+    load_weights,
+    load_weights_file,
+    older_checkpoints,
+)
 from utils.config import run_dir
 from utils.errors import UserError
-from utils.weights_file import load_weights_file
 
 
 def autoencoder_path(config):

@@ -17,7 +17,7 @@ import sys
 import torch
 
 import data.latents  # noqa: F401  # what the scripts need: imported once, not by every process
-import diffusion.generate  # noqa: F401
+import diffusion.sampling  # noqa: F401
 import models.load  # noqa: F401
 from data.coordinates import Coordinates
 from diffusion.gaussian_diffusion import GaussianDiffusion

@@ -17,7 +17,7 @@ from absl import app, flags
 from utils import distributed
 from utils.device import keep_freed_memory
 from utils.errors import UserError
-from utils.stop import INTERRUPTED, Stopped
+from utils.shutdown import INTERRUPTED, Stopped
 
 
 def run(main, shared=False, several=()):

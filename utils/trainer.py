@@ -8,17 +8,15 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed, rng
-from utils.checkpoint import check_same_architecture, load_weights
-from utils.checkpoint_folder import CheckpointFolder
+from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights
 from utils.config import run_dir, write_config
 from utils.cores import warn_of_busy_cores
 from utils.device import autocast, peak_memory_gb, resolve_dtype
-from utils.ema import EMA
 from utils.errors import UserError
 from utils.files import check_writable, remove_leftovers
 from utils.logging import RunLog, evaluated
-from utils.stop import Stopped, StopRequest, exit_code
-from utils.update import Update
+from utils.optimiser import EMA, Update
+from utils.shutdown import Stopped, StopRequest, exit_code
 
 
 class Trainer:
@@ -98,8 +96,8 @@ class Trainer:
         """Run to train.max_steps; log lines, checkpoints, validation and pictures come at their intervals and the end
         (pictures not where theirs is 0).
 
-        Raises utils.stop.Stopped after saving where a signal asks to stop, FloatingPointError after a bad step (see
-        utils.update), OSError where a file cannot be written.
+        Raises utils.shutdown.Stopped after saving where a signal asks to stop, FloatingPointError after a bad step (see
+        utils.optimiser), OSError where a file cannot be written.
         """
         max_steps = self.config.train.max_steps
         if self.step >= max_steps and not distributed.any_rank(self._evaluation_is_due()):

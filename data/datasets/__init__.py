@@ -1,12 +1,9 @@
 """The registry of data sets."""
 
-from data.datasets.celeba import CelebA
-from data.datasets.churches import Churches
-from data.datasets.ffhq import FFHQ
-from data.datasets.folder import Folder
+from data.datasets.folder import FFHQ, CelebA, Folder
 from data.datasets.functions import Functions
+from data.datasets.lmdb import Churches, Prepared, is_lmdb
 from data.datasets.photos import Photos
-from data.datasets.prepared import Prepared, is_lmdb
 from utils.errors import UserError
 
 DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches, Functions)}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import lmdb_reader
 from data.datasets import DATASETS, build_dataset
+from data.datasets import lmdb as lmdb_reader
 from tests.data.layouts import config, picture, write_folder, write_lsun
 from utils.errors import UserError
 

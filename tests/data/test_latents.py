@@ -7,7 +7,7 @@ import torch
 from data import latents
 from data.latents import load_latents
 from tests.data.numbers import Numbers
-from utils.stop import REQUEUE, Stopped
+from utils.shutdown import REQUEUE, Stopped
 
 
 class Encoder:

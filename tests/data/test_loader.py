@@ -7,8 +7,7 @@ import torch
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
-from data.loader import all_batches, to_float, training_batches
-from data.workers import map_in_workers
+from data.loader import all_batches, map_in_workers, to_float, training_batches
 from tests.data.layouts import config, write_folder
 from utils.errors import UserError
 

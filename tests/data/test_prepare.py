@@ -11,10 +11,9 @@ import lmdb
 import pytest
 import torch
 
-from data import lmdb_writer
 from data.datasets import build_dataset
-from data.datasets.prepared import RECORD
-from data.lmdb_writer import write_prepared
+from data.datasets import lmdb as lmdb_writer
+from data.datasets.lmdb import RECORD, write_prepared
 from data.loader import all_batches
 from tests.data.layouts import config, write_folder, write_lsun
 from utils.errors import UserError
@@ -160,7 +159,7 @@ def run(config_file, cfg, output, program=(str(ROOT / "data/prepare.py"),)):
 # The script, ended by SIGKILL inside the transaction of its fifth commit (the first is that of the record alone).
 KILLED_IN_A_COMMIT = """
 import os, runpy, signal
-from data import lmdb_writer
+from data.datasets import lmdb as lmdb_writer
 
 def killing(items):
     yield from items

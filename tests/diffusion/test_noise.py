@@ -7,8 +7,7 @@ import pytest
 import scipy.fft
 import torch
 
-from diffusion.mollifier import GaussianMollifier
-from diffusion.noise import coefficients
+from diffusion.mollifier import GaussianMollifier, coefficients
 from utils.rng import generator, sample_generators
 
 TRAIN = 12

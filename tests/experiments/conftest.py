@@ -1,4 +1,8 @@
+import types
+
+import cleanfid.fid
 import pytest
+import scipy.linalg
 
 from tests.data.layouts import write_folder
 from tests.scripts import run_script
@@ -16,3 +20,13 @@ def trained(tmp_path_factory):
     assert run_script("train_inf_ae_diffusion.py", *single).code == 0
     assert run_script("train_latent_diffusion.py", *both).code == 0
     return folder, single, both
+
+
+@pytest.fixture
+def any_scipy(monkeypatch):
+    """clean-fid's formula where scipy's sqrtm has lost the argument `disp` that clean-fid passes."""
+    def sqrtm(matrix, disp=True):
+        root = scipy.linalg.sqrtm(matrix)
+        return root if disp else (root, 0.0)
+
+    monkeypatch.setattr(cleanfid.fid, "linalg", types.SimpleNamespace(sqrtm=sqrtm))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion import gaussian_diffusion
 from diffusion.schedules import log_snr_timesteps
-from experiments import ablation_runs
+from experiments.lib import ablation_runs
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file

@@ -10,7 +10,7 @@ import lmdb
 import pytest
 from PIL import Image
 
-from data.datasets.prepared import RECORD
+from data.datasets.lmdb import RECORD
 from tests.data.layouts import write_folder, write_lsun
 from tests.scripts import only_line, refused, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from experiments import benchmark_suites
+from experiments.lib import benchmark_suites
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file
 

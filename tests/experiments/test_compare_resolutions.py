@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from experiments.lib.image_folders import ImageFolder
 from tests.scripts import only_line, run_script
-from utils.folder import ImageFolder
 
 SCRIPT = "experiments/compare_resolutions.py"
 

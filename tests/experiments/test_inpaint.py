@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import generate
-from experiments import sampling
+from diffusion import sampling as generate
+from experiments.lib import sampling
 from tests.scripts import only_line, run_script
 from utils.images import read_image
 

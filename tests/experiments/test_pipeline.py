@@ -9,16 +9,15 @@ import torch
 from PIL import Image
 
 from diffusion import gaussian_diffusion
-from diffusion.generate import reconstruction_scores
 from diffusion.mollifier import GaussianMollifier
+from diffusion.sampling import reconstruction_scores
 from diffusion.schedules import log_snr_timesteps
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights_file
 from utils.images import read_image
 from utils.logging import read_metrics
-from utils.weights_file import load_weights_file
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from experiments.report_sections import Made
+from experiments.lib.report_sections import Made
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffusion import generate
+from diffusion import sampling as generate
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from utils.images import read_image, to_pil

@@ -1,13 +1,13 @@
-"""The fast networks against tests/reference/autoencoder.py: the same numbers from the same parameters."""
+"""The fast networks against experiments/lib/reference.py: the same numbers from the same parameters."""
 
 import pytest
 import torch
 
+from experiments.lib.reference import ReferenceDecoder, ReferenceEncoder, nearest_points
+from experiments.lib.reference import knn_to_grid as reference_knn_to_grid
 from models.interpolation import knn_to_grid
 from models.nearest import nearest_pixels
 from tests.models.tiny import draw, tiny_decoder, tiny_encoder
-from tests.reference.autoencoder import ReferenceDecoder, ReferenceEncoder, nearest_points
-from tests.reference.autoencoder import knn_to_grid as reference_knn_to_grid
 
 CASES = [((16, 16), 1 / 4), ((16, 16), 1), ((16, 16), 1 / 8), ((32, 16), 1 / 2), ((17, 13), 1 / 4)]
 

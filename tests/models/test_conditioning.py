@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from experiments.lib.reference import film_vectors
 from models.conditioning import Conditioning, FiLM, TimeEmbedding, sinusoidal_features
-from tests.reference.autoencoder import film_vectors
 
 
 def layers_and_conditioning(widths, time_dim=6, z_dim=3):

@@ -17,14 +17,13 @@ import torch
 from data.latents import load_latents
 from data.loader import training_batches, training_positions
 from diffusion.timestep_samplers import LossSecondMomentSampler
+from experiments.lib.image_folders import ImageFolder
+from experiments.metrics.features import FeatureModel, extract
+from experiments.metrics.fid import cached_statistics, statistics
 from tests.data.numbers import Numbers
 from tests.tiny import tiny_config
 from utils import cli, distributed
 from utils.errors import UserError
-from utils.feature_cache import cached_statistics
-from utils.features import FeatureModel, extract
-from utils.folder import ImageFolder
-from utils.metrics import statistics
 from utils.trainer import Trainer
 
 

@@ -25,7 +25,7 @@ from utils.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from utils.environment import environment
+from utils.device import environment
 from utils.errors import UserError
 
 

@@ -11,9 +11,8 @@ import threading
 import pytest
 import torch
 
-from utils import checkpoint_folder
-from utils.checkpoint import load_checkpoint
-from utils.checkpoint_folder import CheckpointFolder, load_newest
+from utils import checkpoint as checkpoint_folder
+from utils.checkpoint import CheckpointFolder, load_checkpoint, load_newest
 from utils.errors import UserError
 
 KIND = "autoencoder"
@@ -152,7 +151,7 @@ def run(code, *arguments):
 def test_a_process_does_not_end_before_the_write_is_done(tmp_path):
     result = run("""
         import sys, time, torch
-        from utils import checkpoint_folder
+        from utils import checkpoint as checkpoint_folder
         write = checkpoint_folder.save_checkpoint
         checkpoint_folder.save_checkpoint = lambda *arguments: (time.sleep(0.3), write(*arguments))
         checkpoint_folder.CheckpointFolder(sys.argv[1], "checkpoint.pt", 2).save({"kind": "x", "step": 1})
@@ -164,8 +163,8 @@ KILL = """
     import os, sys, torch
     from pathlib import Path
     from utils import checkpoint
-    from utils.checkpoint_folder import CheckpointFolder, load_newest
-    from utils.environment import environment
+    from utils.checkpoint import CheckpointFolder, load_newest
+    from utils.device import environment
     from utils.files import remove_leftovers
 
     folder, keep = Path(sys.argv[1]), int(sys.argv[2])

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.ema import EMA
+from utils.optimiser import EMA
 
 
 def test_starts_from_the_weights_and_follows_the_closed_form():

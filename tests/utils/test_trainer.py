@@ -14,13 +14,14 @@ from torch import nn
 
 from models.build import build_decoder, build_encoder
 from tests.tiny import tiny_config
-from utils import checkpoint_folder, rng
+from utils import checkpoint as checkpoint_folder
+from utils import rng
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.logging import RunLog, read_metrics, seconds_per_step, training_seconds
-from utils.stop import Stopped
+from utils.optimiser import learning_rate
+from utils.shutdown import Stopped
 from utils.trainer import Trainer
-from utils.update import learning_rate
 
 
 class Counter:

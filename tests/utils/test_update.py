@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from tests.tiny import tiny_config
-from utils.ema import EMA
-from utils.update import Update
+from utils.optimiser import EMA, Update
 
 
 class Rig:

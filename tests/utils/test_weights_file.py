@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint import DamagedCheckpoint
+from utils.checkpoint import DamagedCheckpoint, load_weights_file, save_weights
 from utils.errors import UserError
-from utils.weights_file import load_weights_file, save_weights
 
 SAVED = {"kind": "latent", "step": 7, "config": {"model": {"z_dim": 6, "uno_mults": (1, 2)}}, "environment": {"a": "b"},
          "ema": {"net.weight": torch.arange(6.0).view(2, 3), "net.bias": torch.ones(3)}, "source": "x",

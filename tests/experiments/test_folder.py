@@ -1,0 +1,88 @@
+"""Folders of samples: continued, never mixed, never half an image."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.lib.image_folders import ImageFolder
+from utils.errors import UserError
+from utils.images import read_image
+
+
+def fill(folder, stop_after=None, batch_size=2):
+    """Write every missing image (all of value index / 10); returns the batches of indices."""
+    batches = []
+    for indices, progress in folder.missing_batches(batch_size, evaluations=2):
+        batches.append(indices)
+        progress(1), progress(1)
+        folder.save(indices, torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 10)
+        if stop_after and len(batches) == stop_after:
+            break
+    return batches
+
+
+def test_what_is_missing_is_made_and_nothing_else(tmp_path):
+    assert fill(ImageFolder(tmp_path, 5, {"size": 4}), stop_after=1) == [[0, 1]]
+    (tmp_path / "00000.png").unlink()
+    assert fill(ImageFolder(tmp_path, 5, {"size": 4})) == [[0, 2], [3, 4]]
+    assert fill(ImageFolder(tmp_path, 7, {"size": 4})) == [[5, 6]]
+    assert (read_image(tmp_path / "00004.png") == round(127.5 * 1.4)).all()
+
+
+def test_busy_cores_are_looked_for_where_images_are_made(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr("experiments.lib.image_folders.warn_of_busy_cores", lambda: looks.append(1))
+    fill(ImageFolder(tmp_path, 3, {}))
+    assert len(looks) == 1
+    fill(ImageFolder(tmp_path, 3, {}))
+    assert len(looks) == 1
+
+
+def test_all_images_come_back_as_floats(tmp_path):
+    folder = ImageFolder(tmp_path, 3, {})
+    fill(folder)
+    torch.testing.assert_close(folder.load()[:, 0, 0, 0], torch.tensor([0.0, 0.1, 0.2]), atol=0.005, rtol=0)
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    fill(ImageFolder(tmp_path, 1, {"steps": 5, "size": [4, 4]}))
+    with pytest.raises(UserError, match=r"made with steps=5, not 6"):
+        ImageFolder(tmp_path, 1, {"steps": 6, "size": [4, 4]})
+    ImageFolder(tmp_path, 1, {"steps": 5, "size": [4, 4]})
+
+
+def test_a_part_of_the_output_is_refused_in_the_name_of_all_of_it(tmp_path):
+    fill(ImageFolder(tmp_path / "part", 1, {"steps": 5}, tmp_path))
+    with pytest.raises(UserError, match=rf"^--output={tmp_path} holds images made with steps=5"):
+        ImageFolder(tmp_path / "part", 1, {"steps": 6}, tmp_path)
+
+
+def test_a_folder_without_images_takes_any_settings(tmp_path):
+    ImageFolder(tmp_path, 1, {"steps": 5})
+    ImageFolder(tmp_path, 1, {"steps": 6})
+    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 6
+
+
+def test_images_of_unknown_origin_and_a_broken_record_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "00000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="unknown origin"):
+        ImageFolder(tmp_path / "a", 1, {})
+    fill(ImageFolder(tmp_path / "b", 1, {}))
+    (tmp_path / "b" / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="not readable"):
+        ImageFolder(tmp_path / "b", 1, {})
+
+
+def test_time_adds_up_over_runs(tmp_path):
+    fill(ImageFolder(tmp_path, 4, {}), stop_after=1)
+    (tmp_path / "settings.json").write_text('{"seconds": 100.0}')
+    fill(ImageFolder(tmp_path, 4, {}))
+    assert json.loads((tmp_path / "settings.json").read_text())["seconds"] >= 100.0
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        ImageFolder(tmp_path / "file" / "below", 1, {})

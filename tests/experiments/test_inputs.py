@@ -1,0 +1,53 @@
+"""Images that an application starts from: held-out ones with as many pixels as are asked for, or those of a folder."""
+
+import pytest
+import torch
+
+from data.datasets import build_dataset
+from experiments.lib.image_folders import folder_images, heldout_images
+from tests.data.layouts import config, picture, write_folder
+from utils.errors import UserError
+
+
+def test_heldout_images_are_those_of_the_data_set_at_the_size():
+    cfg = config("photos")
+    images, source = heldout_images(cfg, (96, 96), 5)
+    dataset = build_dataset(cfg, train=False, img_size=96)
+    assert torch.equal(images, torch.stack([dataset[i] for i in range(5)]))
+    assert source == {"split": "heldout", "data": dataset.fingerprint()}
+    assert len(heldout_images(cfg, (16, 16), 10_000)[0]) == len(build_dataset(cfg, train=False))
+
+
+@pytest.mark.parametrize("name", ["folder", "ffhq"])
+def test_truth_is_never_enlarged(tmp_path, name):
+    write_folder(tmp_path, 40)  # of 20², two held out
+    assert heldout_images(config(name, tmp_path), (20, 20), 4)[0].shape == (2, 3, 20, 20)
+    for size in ((21, 16), (16, 21)):
+        with pytest.raises(UserError, match=f"00038.png is 20x20, less than the {size[0]}x{size[1]}"):
+            heldout_images(config(name, tmp_path), size, 4)
+
+
+def test_a_folder_gives_its_images_in_order_as_they_are(tmp_path):
+    for i in (2, 0, 1):
+        picture(i, 20, 14).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    images, source = folder_images("input", tmp_path, 3, 16)
+    assert images.shape == (3, 3, 14, 20) and images.dtype == torch.uint8
+    assert torch.equal(folder_images("input", tmp_path, 3, 2)[0], images[:2])
+    assert folder_images("input", tmp_path, 1, 16)[0].shape == (3, 1, 14, 20)
+    picture(7, 20, 14).save(tmp_path / "1.png")
+    again = folder_images("input", tmp_path, 3, 16)
+    assert torch.equal(again[0][0], images[0]) and not torch.equal(again[0][1], images[1])
+    assert again[1]["input"] == source["input"] and again[1]["data"] != source["data"]
+
+
+def test_mistakes_name_the_flag(tmp_path):
+    with pytest.raises(UserError, match="--input=.*absent has no images"):
+        folder_images("input", tmp_path / "absent", 3, 4)
+    picture(0).save(tmp_path / "a.png")
+    picture(1, 20, 21).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match="a.png of 20x20 and b.png of 21x20"):
+        folder_images("input", tmp_path, 3, 4)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="a.png can't be read"):
+        folder_images("input", tmp_path, 3, 4)

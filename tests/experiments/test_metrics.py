@@ -1,0 +1,202 @@
+import cleanfid.fid
+import numpy as np
+import pytest
+import scipy.linalg
+
+from experiments.metrics import fid as metrics
+from experiments.metrics.fid import Statistics, frechet_distance, kernel_distance, kid, score, statistics
+
+
+def random_covariance(generator, width, rank=None):
+    factor = generator.normal(size=(width, rank or width))
+    return factor @ factor.T / width
+
+
+def with_covariance(mean, covariance, count=400):
+    """Vectors whose sample mean and covariance are the given ones, up to float32."""
+    white = np.random.default_rng(5).normal(size=(count, len(mean)))
+    white -= white.mean(axis=0)
+    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
+    return white @ np.linalg.cholesky(covariance).T + mean
+
+
+@pytest.mark.parametrize("width", [1, 5, 64])
+def test_frechet_distance_of_commuting_covariances(width):
+    """For S_a = Q diag(a) Qᵀ, S_b = Q diag(b) Qᵀ the distance is |m_a - m_b|² + Σ (√a - √b)²."""
+    generator = np.random.default_rng(width)
+    rotation, _ = np.linalg.qr(generator.normal(size=(width, width)))
+    a, b = generator.uniform(0.1, 3, size=(2, width))
+    mean_a, mean_b = generator.normal(size=(2, width))
+    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    found = frechet_distance(mean_a, rotation * a @ rotation.T, mean_b, rotation * b @ rotation.T)
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("width", [3, 20, 65])
+def test_frechet_distance_against_the_matrix_square_root(width):
+    generator = np.random.default_rng(width)
+    a, b = random_covariance(generator, width), random_covariance(generator, width)
+    mean_a, mean_b = generator.normal(size=(2, width))
+    root = scipy.linalg.sqrtm(a @ b).real
+    expected = np.square(mean_a - mean_b).sum() + np.trace(a + b - 2 * root)
+    assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mean_b, b, mean_a, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_against_clean_fid(any_scipy):
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(300, 24)) @ generator.normal(size=(24, 24))
+    b = generator.normal(size=(200, 24)) @ generator.normal(size=(24, 24)) + 0.3
+    expected = cleanfid.fid.fid_from_feats(a, b)
+    assert score(a, b)["frechet"] == pytest.approx(expected, rel=1e-5)  # features are kept in float32
+    given = (a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert frechet_distance(*given) == pytest.approx(cleanfid.fid.frechet_distance(*given), rel=1e-9)
+
+
+def test_frechet_distance_is_zero_for_equal_sets_and_never_negative():
+    generator = np.random.default_rng(1)
+    for count, width in [(500, 16), (10, 64), (4, 128)]:
+        features = 100 * generator.normal(size=(count, width))
+        found = score(features, features)["frechet"]
+        assert 0 <= found < 1e-6 * np.square(features).sum() / count
+    zero = np.zeros((3, 3))
+    assert frechet_distance(np.zeros(3), zero, np.zeros(3), zero) == 0
+
+
+def test_frechet_distance_of_fewer_images_than_dimensions():
+    """Covariances of rank below D; those in orthogonal subspaces have tr (S_a S_b)^½ = 0."""
+    generator = np.random.default_rng(2)
+    features = np.zeros((2, 12, 512))
+    features[0, :, :40], features[1, :, 40:80] = generator.normal(size=(2, 12, 40))
+    a, b = (statistics(one) for one in features)
+    expected = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance)
+    assert frechet_distance(*a[:2], *b[:2]) == pytest.approx(expected, rel=1e-9)
+
+    low_a, low_b = (generator.normal(size=(12, 512)) for _ in range(2))
+    a, b = np.cov(low_a, rowvar=False), np.cov(low_b, rowvar=False)
+    # tr (S_a S_b)^½ is the sum of the singular values of A Bᵀ, where S_a = Aᵀ A and S_b = Bᵀ B
+    root_a, root_b = ((low - low.mean(0)) / np.sqrt(11) for low in (low_a, low_b))
+    overlap = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    expected = np.square(low_a.mean(0) - low_b.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * overlap
+    assert frechet_distance(low_a.mean(0), a, low_b.mean(0), b) == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_distance_from_features_with_known_moments():
+    generator = np.random.default_rng(3)
+    a, b = random_covariance(generator, 6) + np.eye(6), random_covariance(generator, 6) + np.eye(6)
+    mean = np.arange(6.0)
+    expected = frechet_distance(mean, a, -mean, b)
+    assert score(with_covariance(mean, a), with_covariance(-mean, b))["frechet"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (3, 3), (4,), (4, 4)], [(3,), (3,), (3,), (3, 3)],
+                                    [(3,), (3, 3), (3,), (4, 4)]])
+def test_frechet_distance_refuses_shapes_that_do_not_fit(shapes):
+    with pytest.raises(ValueError, match=r"must be \[D\]"):
+        frechet_distance(*(np.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("count", [4, 100, 9000])
+def test_statistics_are_numpys(count):
+    features = np.random.default_rng(count).normal(3, 2, size=(count, 7)).astype(np.float32)
+    found = statistics(features)
+    assert found.count == count and found.mean.dtype == found.covariance.dtype == np.float64
+    np.testing.assert_allclose(found.mean, features.mean(0, dtype=np.float64), rtol=1e-12)
+    expected = np.cov(features.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(found.covariance, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(found.features, features)
+
+
+def test_statistics_keep_a_random_part_of_many_features(monkeypatch):
+    monkeypatch.setattr(metrics, "KERNEL_FEATURES", 50)
+    features = np.arange(200, dtype=np.float32)[:, None]
+    found = statistics(features)
+    kept = found.features[:, 0]
+    assert found.count == 200 and found.mean == pytest.approx(99.5)
+    assert len(set(kept)) == 50 and set(kept) < set(features[:, 0]) and 60 < kept.mean() < 140
+
+
+@pytest.mark.parametrize("features", [np.zeros((3, 5)), np.zeros(5), np.full((5, 2), np.nan), np.full((5, 2), np.inf)])
+def test_statistics_refuse(features):
+    with pytest.raises(ValueError, match="features"):
+        statistics(features)
+
+
+def test_kernel_distance_is_its_definition():
+    generator = np.random.default_rng(4)
+    x, y = generator.normal(size=(5, 3)), generator.normal(size=(7, 3))
+
+    def kernel(u, v):
+        return (sum(u[i] * v[i] for i in range(3)) / 3 + 1) ** 3
+
+    within_x = np.mean([kernel(x[i], x[j]) for i in range(5) for j in range(5) if i != j])
+    within_y = np.mean([kernel(y[i], y[j]) for i in range(7) for j in range(7) if i != j])
+    across = np.mean([kernel(u, v) for u in x for v in y])
+    assert kernel_distance(x, y) == pytest.approx(within_x + within_y - 2 * across, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [4, 33, 900])
+def test_kid_of_one_subset_is_clean_fids(count):
+    generator = np.random.default_rng(count)
+    a, b = generator.normal(size=(count, 16)), generator.normal(0.2, 1.1, size=(count, 16))
+    expected = cleanfid.fid.kernel_distance(a, b, num_subsets=1)
+    assert kid(a, b)[0] == pytest.approx(expected, rel=1e-8)
+
+
+def test_kid_of_many_subsets_is_clean_fids_of_the_same_ones(monkeypatch):
+    generator = np.random.default_rng(6)
+    a, b = generator.normal(size=(35, 8)), generator.normal(0.5, 1, size=(35, 8))
+    value, _ = kid(a, b, subset_size=11)
+    generator = np.random.default_rng(0)  # three disjoint subsets of either
+    of_a, of_b = (generator.permutation(35)[:33].reshape(3, 11) for _ in range(2))
+    draws = iter([subset for pair in zip(of_a, of_b, strict=True) for subset in pair])
+    monkeypatch.setattr(np.random, "choice", lambda *_, **__: next(draws))
+    assert value == pytest.approx(cleanfid.fid.kernel_distance(b, a, num_subsets=3, max_subset_size=11), rel=1e-6)
+
+
+def test_kid_of_many_subsets_agrees_with_clean_fid():
+    generator = np.random.default_rng(6)
+    a, b = generator.normal(size=(4000, 8)), generator.normal(0.5, 1, size=(3000, 8))
+    value, error = kid(a, b, subset_size=200)
+    np.random.seed(0)  # clean-fid draws from the global generator
+    assert value == pytest.approx(cleanfid.fid.kernel_distance(a, b, 50, 200), abs=4 * error)
+    assert 0 < error < value / 5
+
+
+@pytest.mark.parametrize(("count_a", "count_b", "subset_size"),
+                         [(20, 20, 1000), (25, 61, 1000), (60, 45, 10), (60, 60, 30)])
+def test_kid_is_unbiased_and_its_standard_error_honest(count_a, count_b, subset_size):
+    """Two samples of one distribution: zero on average, with the spread that is claimed, or less."""
+    generator = np.random.default_rng(7)
+    repeats = [kid(generator.normal(size=(count_a, 4)), generator.normal(size=(count_b, 4)), subset_size)
+               for _ in range(400)]
+    values, errors = np.array(repeats).T
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(len(values))
+    claimed = np.sqrt(np.square(errors).mean())
+    assert values.std() < 1.3 * claimed
+    assert claimed < 8 * values.std()
+    assert errors.std() < 0.6 * errors.mean()  # two subsets alone would give an error that is anywhere above zero
+
+
+def test_kid_does_not_depend_on_the_order_of_subsets_or_a_global_seed():
+    generator = np.random.default_rng(8)
+    a, b = generator.normal(size=(300, 8)), generator.normal(size=(200, 8))
+    np.random.seed(1)
+    first = kid(a, b, subset_size=50)
+    np.random.seed(2)
+    assert kid(a, b, subset_size=50) == first
+
+
+def test_kid_refuses_too_few_images():
+    with pytest.raises(ValueError, match="KID needs 4"):
+        kid(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+def test_score_takes_features_and_statistics():
+    generator = np.random.default_rng(9)
+    a, b = generator.normal(size=(30, 5)), generator.normal(1, 1, size=(20, 5))
+    found = score(a, b)
+    assert found == score(statistics(a), statistics(b))
+    assert isinstance(statistics(a), Statistics)
+    assert found["count_a"] == 30 and found["count_b"] == 20 and found["kid"] > 3 * found["kid_standard_error"] > 0
+    assert set(found) == {"frechet", "kid", "kid_standard_error", "count_a", "count_b"}

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.lib.image_folders import SampleFolder
+from utils.errors import UserError
+
+
+def write(path, size=(10, 14), mode="RGB", seed=0):
+    """An image of size (height, width) with random pixels; returns them as [H, W, 3]."""
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(*size, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return np.array(image.convert("RGB"))
+
+
+def check_refused(match, *arguments):
+    with pytest.raises(UserError, match=match) as caught:
+        SampleFolder(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 31)])
+def test_items_are_the_pixels_in_order_of_name(tmp_path, size):
+    written = {name: write(tmp_path / name, size, seed=place)
+               for place, name in enumerate(["00002.png", "00000.png", "00010.png", "00001.png"])}
+    samples = SampleFolder(tmp_path)
+    assert len(samples) == 4 and samples.size == size
+    for place, name in enumerate(sorted(written)):
+        assert samples[place].dtype == torch.uint8
+        np.testing.assert_array_equal(samples[place].permute(1, 2, 0).numpy(), written[name])
+
+
+def test_the_first_images_by_name(tmp_path):
+    for place in range(5):
+        write(tmp_path / f"{place:05d}.png")
+    assert [path.name for path in SampleFolder(tmp_path, 2).files] == ["00000.png", "00001.png"]
+    assert len(SampleFolder(tmp_path, 5)) == 5
+    check_refused("num_samples=6 but samples='.*' has only 5 images", tmp_path, 6)
+
+
+def test_folders_below_are_read_and_other_files_passed_over(tmp_path):
+    write(tmp_path / "00000" / "00000.png")
+    write(tmp_path / "00001.JPG")
+    write(tmp_path / ".hidden.png", size=(3, 3))
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / ".00002.png.tmp").write_bytes(b"half")
+    assert len(SampleFolder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_other_eight_bit_modes_become_rgb(tmp_path, mode):
+    expected = write(tmp_path / "0.png", mode=mode)
+    np.testing.assert_array_equal(SampleFolder(tmp_path)[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_what_is_not_a_folder_of_images(tmp_path):
+    check_refused("is not a folder", tmp_path / "nowhere")
+    check_refused("has no images; expected files like 00000.png", tmp_path)
+    (tmp_path / "file").write_text("")
+    check_refused("is not a folder", tmp_path / "file")
+
+
+def test_mixed_sizes(tmp_path):
+    write(tmp_path / "0.png", (10, 14))
+    write(tmp_path / "1.png", (14, 10))
+    check_refused("different sizes, 0.png of 10x14 and 1.png of 14x10", tmp_path)
+    assert len(SampleFolder(tmp_path, 1)) == 1
+
+
+def test_sixteen_bits(tmp_path):
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "0.png")
+    check_refused("has pixels of mode I;16; 8-bit", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture"])
+def test_what_is_not_a_picture_is_refused_at_once(tmp_path, content):
+    write(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(content)
+    check_refused("1.png' can't be read", tmp_path)
+
+
+def test_damaged_pixels_are_refused_when_read(tmp_path):
+    write(tmp_path / "0.png", (64, 64))
+    content = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(content[:len(content) // 2])
+    samples = SampleFolder(tmp_path)
+    with pytest.raises(UserError, match="0.png' can't be read"):
+        samples[0]
