@@ -88,7 +88,7 @@ class Coordinates:
 
     @property
     def image_size(self):
-        """(H, W) of the image that positions are places in: `size`, but for a data.window.Window a larger one."""
+        """(H, W) of the image that positions are places in: `size`, a larger one for a models.large_images.Window."""
         return self.size
 
     @property

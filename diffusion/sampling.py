@@ -3,7 +3,6 @@
 Models are taken as they are: put them in eval mode first (models.load and utils.optimiser.EMA do).
 """
 
-import functools
 import math
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 
 from data.coordinates import Coordinates
 from diffusion.samplers import ddim_invert, sample
-from models.tiles import decoder_in_parts, encoder_in_parts
 from utils import rng
 
 
@@ -48,7 +46,7 @@ def decode(
         latents = z[first : first + at_once]
         streams = generators and generators[first : first + at_once]
         coords = Coordinates.full(len(latents), size, z.device)
-        denoise = diffusion.denoiser(functools.partial(_decoder, decoder, latents, coords, max_points), coords)
+        denoise = diffusion.denoiser(as_model_fn(decoder, latents, coords, max_points), coords)
         start = torch.empty(len(latents), channels, *size, device=z.device)
         x = diffusion.mollifier.noise_like(start, streams)
         for _, state in path(denoise, x) if path else sample(sampler, denoise, x, diffusion, streams, eta):
@@ -65,7 +63,7 @@ def invert(decoder, diffusion, images, z, progress=None, max_points=None):
     progress and max_points as in decode; the chain's first state, T x_0, is there without a step.
     """
     coords = Coordinates.full(len(z), images.shape[-2:], z.device)
-    denoise = diffusion.denoiser(functools.partial(_decoder, decoder, z, coords, max_points), coords)
+    denoise = diffusion.denoiser(as_model_fn(decoder, z, coords, max_points), coords)
     for _, state in ddim_invert(denoise, diffusion.mollifier.blur(images), diffusion.schedule):
         if progress:
             progress(1)
@@ -89,12 +87,13 @@ def images_at_once(count, size, max_points):
     return count if max_points is None else min(count, max(max_points // math.prod(size), 1))
 
 
-def _decoder(decoder, z, coords, max_points, values, t):
-    return decoder_in_parts(decoder, values, t, z, coords, max_points)
+def as_model_fn(decoder, z, coords, max_points=None):
+    """The decoder as the function (values [B, L, C], t) -> [B, L, C] that a GaussianDiffusion takes."""
+    return lambda values, t: decoder(values, t, z, coords, max_points=max_points)
 
 
 def _encode_at(encoder, images, coords, max_points=None):
-    z = encoder_in_parts(encoder, coords.gather(images), coords, max_points)
+    z = encoder(coords.gather(images), coords, max_points=max_points)
     return (z[1] if isinstance(z, tuple) else z).float()
 
 

@@ -15,10 +15,9 @@ import sys
 
 import torch
 
-from data.window import Window
 from diffusion.mollifier import GaussianMollifier, dct_matrix, mollified_cosines
 from diffusion.samplers import sample
-from models.tiles import Context, decoder_context, reach, read_back
+from models.large_images import Window
 from utils.errors import UserError
 
 # Distances from the window, in sigma: its state reaches so far, for the mollifier of predictions and the details that
@@ -50,7 +49,8 @@ def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generator
         streams = generators and generators[first : first + at_once]
         coarse = _Coarse(decoder, diffusion, latents, max_points)
         fine = _Fine(decoder, diffusion, part, latents, max_points, coarse)
-        paths = [sample(sampler, side.denoise, side.start(channels, own), side.diffusion, own, eta)
+        paths = [sample(sampler, side.diffusion.denoiser(side.predict, side.coords), _start(side, channels, own),
+                        side.diffusion, own, eta)
                  for side, own in ((coarse, streams), (fine, _copies(streams)))]
         for (_, whole), (_, state) in zip(*paths, strict=True):
             if progress:
@@ -59,33 +59,21 @@ def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generator
     return torch.cat(images)
 
 
-class _Side:
-    """A state of the image: `coords` of its pixels, its `diffusion`, and `predict`, the network at them."""
-
-    @property
-    def denoise(self):
-        return self.diffusion.denoiser(self.predict, self.coords)
-
-    def start(self, channels, generators):
-        like = torch.empty(self.coords.batch, channels, *self.coords.size, device=self.coords.device)
-        return self.diffusion.mollifier.noise_like(like, generators)
-
-
-class _Coarse(_Side):
-    """The whole image at the training resolution, and what of it the window needs at the present step."""
+class _Coarse:
+    """The whole image at the training resolution, and the grid features at the present step."""
 
     def __init__(self, decoder, diffusion, z, max_points):
         self.decoder, self.diffusion, self.z, self.max_points = decoder, diffusion, z, max_points
         self.coords = Window.whole(len(z), diffusion.mollifier.train_size, z.device)
 
     def predict(self, values, t):
+        """values [B, L, C] -> the prediction [B, L, C], keeping values and grid features for the window."""
         self.values = values
-        context = decoder_context(self.decoder, values, t, self.z, self.coords, self.max_points)
-        self.context = Context(context.grid, None)
-        return read_back(self.decoder, context, values, self.coords, self.coords, t, self.z, self.max_points)
+        self.grid = self.decoder.grid_features(values, t, self.z, self.coords, self.max_points)
+        return self.decoder(values, t, self.z, self.coords, self.grid, self.max_points)
 
 
-class _Fine(_Side):
+class _Fine:
     """The window and a margin around it, in the large image; each of its steps follows one of the whole."""
 
     def __init__(self, decoder, diffusion, window, z, max_points, coarse):
@@ -94,9 +82,10 @@ class _Fine(_Side):
         self.diffusion = _with_mollifier(diffusion, _WindowMollifier(diffusion.mollifier, self.coords))
 
     def predict(self, values, t):
+        """values [B, L, C] -> the prediction [B, L, C], by a decoder that also sees the surroundings of the window."""
         values = self._surrounded(self.coarse.coords.scatter(self.coarse.values), values)
-        return read_back(self.decoder, self.coarse.context, values, self.surroundings, self.coords, t, self.z,
-                         self.max_points)
+        out = self.decoder(values, t, self.z, self.surroundings, self.coarse.grid, self.max_points)
+        return self.coords.take(out, self.surroundings)
 
     def sharpened(self, whole, state, window):
         """The window of the image whose mollified states are these, whole [B, C, R, R] and state [B, C, h, w]."""
@@ -111,13 +100,20 @@ class _Fine(_Side):
         return image
 
 
+def _start(side, channels, generators):
+    like = torch.empty(side.coords.batch, channels, *side.coords.size, device=side.coords.device)
+    return side.diffusion.mollifier.noise_like(like, generators)
+
+
 def _surroundings(decoder, diffusion, window):
     """The window with the margin in which its state is computed, and with all that is seen around that."""
     whole = diffusion.mollifier
+    blocks = [*decoder.points_to_grid.blocks, *decoder.blocks]
+    reach = (sum(halves) for halves in zip(*(block.halo(window.image_size) for block in blocks), strict=True))
     sigma = [whole.sigma * length / train for length, train in zip(window.image_size, whole.train_size, strict=True)]
     inner = window.grown([math.ceil(MARGIN * pixels) for pixels in sigma])
     return inner, inner.grown([max(halo, math.ceil((SURROUNDINGS - MARGIN) * pixels)) for halo, pixels in
-                               zip(reach(decoder, window.image_size), sigma, strict=True)])
+                               zip(reach, sigma, strict=True)])
 
 
 class _WindowMollifier(GaussianMollifier):

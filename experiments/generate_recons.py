@@ -21,8 +21,8 @@ from diffusion.samplers import SAMPLERS
 from diffusion.sampling import decode, encode, reconstruction_scores
 from experiments.lib.image_folders import ImageFolder
 from experiments.lib.sampling import MAX_POINTS as DEFAULT_MAX_POINTS
+from models.large_images import check_max_points
 from models.load import autoencoder_path, load_autoencoder
-from models.tiles import check_max_points
 from utils import cli, config, distributed, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype

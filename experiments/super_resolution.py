@@ -27,8 +27,8 @@ from experiments.lib.image_folders import ImageFolder
 from experiments.lib.image_grid import save_sheet
 from experiments.lib.sampling import MAX_POINTS
 from experiments.lib.super_resolution import interpolations, read_inputs, score
+from models.large_images import check_max_points
 from models.load import autoencoder_path, load_autoencoder
-from models.tiles import check_max_points
 from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype

@@ -3,14 +3,12 @@
 from functools import partial
 
 import torch._functorch.config as functorch
+from torch import nn
 
-from models.attention import check_attention
 from models.autoencoder import NoEncoder, PointsToGrid, SparseEncoder, SparseUNet
-from models.grid_unet import GridDown, GridSpec, GridUNet, Stage
-from models.initialisation import preserve_variance
+from models.blocks import SparseBlock
+from models.grid_unet import GridDown, GridSpec, GridUNet, Stage, check_attention
 from models.latent_mlp import MLPSkipNet
-from models.recompute import recompute_activations
-from models.sparse_block import SparseBlock
 from models.sparse_conv import resolve_backend
 from utils.errors import UserError
 
@@ -29,11 +27,10 @@ def build_decoder(config):
         neighbours=model.knn_neighbours,
         time_emb_dim=model.time_emb_dim,
         z_dim=model.z_dim,
+        backend=model.backend,
     )
     preserve_variance(decoder)
-    _recompute_if_asked(config, decoder)
-    _compile_if_asked(config, decoder.grid_unet)
-    return decoder
+    return _prepared(config, decoder)
 
 
 def build_encoder(config):
@@ -45,15 +42,13 @@ def build_encoder(config):
         return NoEncoder()
     blocks = [_sparse_block(config) for _ in range(model.num_conv_blocks)]
     encoder = SparseEncoder(
-        PointsToGrid(config.data.channels, model.nf, blocks, spec, model.knn_neighbours),
+        PointsToGrid(config.data.channels, model.nf, blocks, spec, model.knn_neighbours, model.backend),
         GridDown(spec),
         model.z_dim,
         model.stochastic_encoding,
     )
     preserve_variance(encoder)
-    _recompute_if_asked(config, encoder)
-    _compile_if_asked(config, encoder.grid_down)
-    return encoder
+    return _prepared(config, encoder)
 
 
 def build_latent_model(config):
@@ -63,24 +58,46 @@ def build_latent_model(config):
     _check(model.z_dim >= 1, model, "z_dim", "must be at least 1: without an encoder there are no latents")
     _check_even_time_emb_dim(model)
     network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
-    _compile_if_asked(config, network)
+    if config.train.compile:
+        network.compile()
     return network
 
 
-def _recompute_if_asked(config, network):
-    """train.checkpoint_activations: of sparse blocks and stages of the grid, which hold nearly all of the memory."""
+def preserve_variance(network):
+    """Draw the weights of all Linear and convolution layers anew: normal, of variance 1 / fan-in, and zero biases.
+
+    PyTorch's defaults shrink a signal by sqrt(3) in every layer without normalisation. The encoder has about ten of
+    them between the image and z, so that z would hardly depend on the image, and whatever depends on z would be learnt
+    late. Layers of zeros, the ends of the residual branches, stay zero; other parameters keep their values.
+    """
+    for layer in network.modules():
+        if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) or layer.weight.is_meta:
+            continue
+        if layer.weight.any():
+            nn.init.normal_(layer.weight, std=_fan_in(layer) ** -0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _fan_in(layer):
+    """Number of products that are summed in one output."""
+    if isinstance(layer, nn.ConvTranspose2d):  # an output sees a part of the kernel, one of stride² phases
+        return layer.weight[:, 0].numel() / (layer.stride[0] * layer.stride[1])
+    return layer.weight[0].numel()
+
+
+def _prepared(config, network):
+    """The network with activation checkpointing and compilation as config.train asks for."""
     if config.train.checkpoint_activations:
-        recompute_activations(network, (SparseBlock, Stage))
+        for module in network.modules():
+            if isinstance(module, (SparseBlock, Stage)):  # they hold nearly all of the memory
+                module.checkpoint_activations = True
         if config.train.compile and hasattr(functorch, "graphsafe_rng_functionalization"):
-            # It would seed dropout once in a process, and not at every step: a run that goes on would drop others.
+            # It would seed dropout once per process and not at every step: a resumed run would drop other features.
             functorch.graphsafe_rng_functionalization = False
-
-
-def _compile_if_asked(config, network):
-    """train.compile: in place, so that names of parameters stay as they are; of the autoencoder only the grid, whose
-    shapes never change."""
     if config.train.compile:
-        network.compile()
+        network.compile()  # in place, so that names of parameters stay as they are
+    return network
 
 
 def _sparse_block(config):

@@ -1,110 +1,95 @@
 """Between the sampled points and the regular grid of the U-Net, in both directions.
 
-Each is a weighted sum of a few rows of features; places and weights depend on the coordinates alone and are
-computed once for them.
+Node (i, j) of a G×G grid sits at ((j + 0.5) / G, (i + 0.5) / G), pixels at their centres likewise (docs/method.md, 1).
 """
 
-import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
-from models import compiled, tracing
-from models.derivatives import first_order_only
-from models.nearest import nearest_pixels
+from models.kernels import AUTO, BACKENDS
 
-TINY = 1e-20  # keeps the weight of a pixel that coincides with a node finite; neighbours are > 1e-10 apart
+TINY = 1e-20  # keeps the weight of a pixel that coincides with a node finite; other neighbours are > 1e-10 away
+TIES = 7  # pixels beyond the k-th that can be exactly as far: on a lattice, a circle rarely holds more than 8
+CHUNK = 2**24  # distances that the search in plain PyTorch holds at a time
 
 
-def knn_to_grid(features, coords, grid_size, k=3):
-    """Inverse-squared-distance weighted mean of the k points nearest to each node of a regular grid (METHOD 4, step 3).
+def knn_to_grid(features, coords, grid_size, k=3, backend="auto"):
+    """Inverse-squared-distance weighted mean of the k points nearest to each grid node (docs/method.md, 4.3).
 
-    features [B, L, C] -> [B, C, G, G] in channels_last memory, G = grid_size. The node in row i and column j sits at
-    ((j + 0.5) / G, (i + 0.5) / G); distances are measured in [0, 1]². A point that coincides with a node takes all of
-    its weight. Raises ValueError where there are fewer than k points.
+    features [B, L, C] -> [B, C, G, G] in channels_last memory, G = grid_size. Distances are measured in [0, 1]². Points
+    exactly as far as the k-th all take part, so that no direction is preferred. A point that coincides with a node
+    takes all of its weight. Raises ValueError if there are fewer than k points.
     """
-    if k > coords.num_points:
-        raise ValueError(f"k={k} nearest points were asked for, but there are only {coords.num_points} points")
-    return knn_mixture(coords, grid_size, k)(features).unflatten(1, (grid_size, grid_size)).permute(0, 3, 1, 2)
+    place, weight = coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_weights(coords, grid_size, k, backend))
+    rows = F.embedding_bag(place, features.flatten(0, 1), mode="sum", per_sample_weights=weight.to(features.dtype))
+    return rows.view(coords.batch, grid_size, grid_size, -1).permute(0, 3, 1, 2)
 
 
 def grid_to_points(grid, coords):
-    """Bilinear interpolation of a square grid at the coordinates, clamped at the border (METHOD 4, step 5).
+    """Bilinear interpolation of a square grid at the coordinates, clamped at the border (docs/method.md, 4.5).
 
-    grid [B, C, G, G] -> [B, L, C]; what F.grid_sample computes with align_corners=False and padding_mode="border".
+    grid [B, C, G, G] -> [B, L, C], in the dtype of the grid.
     """
-    size = grid.shape[-1]
-    mixture = coords.cached(("grid_to_points", size), lambda: _bilinear_mixture(coords, size))
-    return mixture(grid.flatten(2).transpose(1, 2))
+    positions = (2 * coords.positions - 1)[:, None].to(torch.promote_types(grid.dtype, torch.float32))
+    wide = grid.to(positions.dtype)  # positions need more digits than half precision has
+    points = F.grid_sample(wide, positions, mode="bilinear", padding_mode="border", align_corners=False)
+    return points[:, :, 0].transpose(1, 2).to(grid.dtype)
 
 
-def knn_mixture(coords, grid_size, k):
-    """The points that each node of knn_to_grid is a mean of, and their weights, as a Mixture."""
-    return coords.cached(("knn_to_grid", grid_size, k), lambda: _knn_mixture(coords, grid_size, k))
+def nearest_pixels(coords, grid_size, k, backend="auto"):
+    """The k present pixels nearest to every grid node, and all pixels exactly as far as the k-th.
+
+    Returns (place int64 [B, G², k + TIES], squared_distance float32, likewise) in ascending order of distance in [0,
+    1]², and of raster index if distances are equal; free slots have an infinite distance. `place` is the place in
+    coords.index, nodes are in raster order. Raises ValueError if an image has fewer than k pixels.
+    """
+    if not 1 <= k <= coords.num_points:
+        raise ValueError(f"k={k} nearest points were asked for, but there are only {coords.num_points} points")
+    table = coords.table[:1] if coords.is_raster else coords.table  # full images have one geometry
+    found = _choose(backend, table.device)(table, coords.size, grid_size, k, k + TIES)
+    return tuple(part.expand(coords.batch, -1, -1) for part in found)
 
 
-@tracing.untraced  # what follows from the coordinates is looked up or computed, and never traced
-def _knn_mixture(coords, grid_size, k):
-    place, squared_distance = nearest_pixels(coords, grid_size, k)
+def search_nearest_pixels(table, size, grid_size, k, slots):
+    """nearest_pixels in plain PyTorch: all distances from the nodes to the pixels, some nodes at a time.
+
+    The offset along the axis of rows is ((2 row + 1) G - (2 i + 1) H) / (2 H G). With g = gcd(H, W), squared distances
+    are integers in units of (g / (2 H W G))², which float64 holds exactly up to 2^53, so that equal ones compare equal.
+    """
+    (height, width), common = size, math.gcd(*size)
+    pixels = (table >= 0).nonzero()[:, 1].view(len(table), -1)  # of each image, in raster order
+    rows = _squared_offsets(height, width // common, grid_size, table.device)
+    columns = _squared_offsets(width, height // common, grid_size, table.device)
+    unit, slots = (common / (2 * height * width * grid_size)) ** 2, min(slots, pixels.shape[1])
+    places, distances = [], []
+    for node in torch.arange(grid_size**2, device=table.device).split(max(CHUNK // pixels.numel(), 1)):
+        distance = rows[node // grid_size][:, pixels // width] + columns[node % grid_size][:, pixels % width]
+        distance, order = distance.transpose(0, 1).sort(dim=2, stable=True)  # [B, nodes, L]
+        distance, order = distance[..., :slots], order[..., :slots]
+        places.append(table.gather(1, pixels.gather(1, order.flatten(1))).view(order.shape))
+        distances.append(torch.where(distance <= distance[..., k - 1 : k], distance * unit, torch.inf).float())
+    return torch.cat(places, dim=1).long(), torch.cat(distances, dim=1)
+
+
+def _knn_weights(coords, grid_size, k, backend):
+    """What F.embedding_bag takes: rows of the flattened batch int64 [B · G², slots], and their weights float32."""
+    place, squared_distance = nearest_pixels(coords, grid_size, k, backend)
     weight = 1 / squared_distance.clamp(min=TINY)
-    return Mixture(place, weight / weight.sum(dim=-1, keepdim=True), coords.num_points)
+    first = coords.num_points * torch.arange(coords.batch, device=place.device)
+    return (place + first[:, None, None]).flatten(0, 1), (weight / weight.sum(-1, keepdim=True)).flatten(0, 1)
 
 
-def _bilinear_mixture(coords, size):
-    position = (coords.positions * size - 0.5).clamp(0, size - 1)
-    low = position.floor()
-    x1, y1 = (position - low).unbind(-1)  # share of the right and of the lower neighbour
-    left, top = low.long().unbind(-1)
-    right, bottom = (left + 1).clamp(max=size - 1), (top + 1).clamp(max=size - 1)
-    place = torch.stack([top * size + left, top * size + right, bottom * size + left, bottom * size + right], dim=-1)
-    weight = torch.stack([(1 - y1) * (1 - x1), (1 - y1) * x1, y1 * (1 - x1), y1 * x1], dim=-1)
-    return Mixture(place, weight, size * size)
+def _squared_offsets(length, unit, grid_size, device):
+    """Squared offsets of all pixels from all nodes of an axis, float64 [G, length]."""
+    pixel, node = torch.arange(length, device=device), torch.arange(grid_size, device=device)
+    return (unit * ((2 * pixel + 1) * grid_size - (2 * node[:, None] + 1) * length)).double().square()
 
 
-class Mixture:
-    """Weighted sums of K of each image's `count` rows: place int64 and weight float32 [B, M, K].
-
-    Called with features [B, count, C] it returns [B, M, C], and never holds [B, M, K, C].
-    """
-
-    def __init__(self, place, weight, count):
-        self.images, self.count = len(place), count
-        first = count * torch.arange(len(place), device=place.device)
-        self.place = (place + first[:, None, None]).flatten(0, 1)  # among the rows of the whole batch
-        self.weight = weight.flatten(0, 1)
-
-    def __call__(self, features):
-        rows = features.flatten(0, 1)
-        # On a CPU PyTorch's gradient of embedding_bag, used without numba, takes more time than all of the rest.
-        by_loops = rows.device.type == "cpu" and compiled.is_available()
-        mixed = _MixRows.apply(rows, self) if by_loops else self.mix(rows)
-        return mixed.unflatten(0, (self.images, -1))
-
-    def mix(self, rows):
-        return F.embedding_bag(self.place, rows, mode="sum", per_sample_weights=self.weight.to(rows.dtype))
-
-    @functools.cached_property
-    def transposed(self):
-        """The sums of each row, as models/loops/mixture.py lists them."""
-        pairs = self.place.numel()
-        start = torch.empty(self.images * self.count + 1, dtype=torch.int64)
-        which, factor = torch.empty(pairs, dtype=torch.int64), torch.empty(pairs, dtype=self.weight.dtype)
-        compiled.run("mixture.transpose", self.place, self.weight, start, which, factor)
-        return start, which, factor
-
-
-class _MixRows(torch.autograd.Function):
-    """Mixture.mix, with a gradient that goes through the rows, in the order of the sums that each takes part in."""
-
-    @staticmethod
-    def forward(ctx, rows, mixture):
-        ctx.mixture = mixture
-        return mixture.mix(rows)
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx, grad):
-        wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
-        out = wide.new_empty(ctx.mixture.images * ctx.mixture.count, wide.shape[1])
-        compiled.run("mixture.gather", *ctx.mixture.transposed, wide, out)
-        return out.to(grad.dtype), None
+def _choose(backend, device):
+    """The search that a backend uses on a device; those without one use that of `auto`."""
+    if backend == "torch_dense":
+        return search_nearest_pixels
+    return next((BACKENDS[name].nearest_pixels for name in AUTO if not BACKENDS[name].obstacle(device, True)),
+                search_nearest_pixels)

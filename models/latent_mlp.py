@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.conditioning import TimeEmbedding
+from models.blocks import TimeEmbedding
 
 
 class MLPSkipNet(nn.Module):

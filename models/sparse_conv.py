@@ -1,58 +1,33 @@
-"""The sparse convolution operator: which backend computes it, and how many neighbours each point has."""
+"""The sparse operator K: its definition, its dense form in plain PyTorch, and the choice of a kernel."""
 
-import functools
-import importlib
 import math
-import os
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.fft import next_fast_len
 
-from models import tracing
-from models.fft_conv import FFT_TAPS
+from models.kernels import AUTO, BACKENDS
 from utils.errors import UserError
 
-
-@dataclass(frozen=True)
-class Backend:
-    """What an implementation can compute. The code is models/backends/<name>.py, imported when first asked for:
-
-    sparse_conv(features, weight, coords)
-    unavailable_reason(depthwise=False)     why it cannot be used on this machine and what to do; "" where it can
-    is_available()                          whether it can
-    """
-
-    devices: tuple  # types of torch.device
-    depthwise: bool  # weights [kh, kw, C]
-    full: bool  # weights [kh, kw, C, D]
-    float64: bool = False  # it computes in float64 where features are float64; if not, torch_dense steps in
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run in Python, on CPU: for tests
-BACKENDS = {
-    "torch_dense": Backend(("cpu", "cuda", "mps", "meta"), depthwise=True, full=True, float64=True),
-    "numba": Backend(("cpu",), depthwise=True, full=True, float64=True),
-    "triton": Backend(("cuda", "cpu") if INTERPRETED else ("cuda",), depthwise=True, full=True),
-    "torchsparse": Backend(("cuda",), depthwise=True, full=True),
-    "spconv": Backend(("cpu", "cuda"), depthwise=False, full=True),
-}
-# The order in which "auto" asks. On CPU a dense convolution is hard to beat with full kernels unless few pixels are
-# present.
-AUTO = {"depthwise": ("numba", "triton", "torch_dense"), "full": ("triton", "torch_dense")}
+NAMES = ("torch_dense", *BACKENDS)
+# From so many taps on the dense form takes FFTs. On two CPU cores at 256² pixels and 64 channels: 29² taps 27 ms by
+# F.conv2d and 31 ms by FFT, 57² taps 118 and 43 ms.
+FFT_TAPS = 33**2
+FFT_CHUNK = 2**20  # values taken to Fourier space at a time, which bounds the memory
 
 
 def sparse_conv(features, weight, coords, backend="auto"):
-    """Monte Carlo estimate of a convolution integral over the points in the window of each point (METHOD, operator K).
+    """Monte Carlo estimate of a convolution integral over the points N(c) in the window of each point c.
 
-        (K h)(c) = kh kw / |N(c)| · sum over c' in N(c) of weight(c' - c) h(c')
+        (K h)(c) = kh kw / |N(c)| · sum over c' in N(c) of weight(c' - c) h(c')        (docs/method.md, 4.2)
 
     features  [B, L, C] at the L coordinates, float32, bfloat16, float16 or float64
     weight    [kh, kw, C] depthwise, or [kh, kw, C, D] full; kh and kw odd. weight[i, j] multiplies the neighbour at row
               offset i - kh // 2 and column offset j - kw // 2, a cross-correlation as in F.conv2d
     coords    data.coordinates.Coordinates of the L points
-    backend   a name of BACKENDS, or "auto"
-    Returns [B, L, C] or [B, L, D]. Raises UserError where the backend cannot be used, ValueError on wrong shapes.
+    backend   torch_dense, a name of models.kernels.BACKENDS, or auto
+    Returns [B, L, C] or [B, L, D], in the dtype of the features. Raises UserError if the backend cannot be used,
+    ValueError for wrong shapes.
     """
     if features.shape[:2] != coords.index.shape:
         raise ValueError(f"features are {tuple(features.shape)}, but there are {tuple(coords.index.shape)} coordinates")
@@ -60,71 +35,96 @@ def sparse_conv(features, weight, coords, backend="auto"):
         raise ValueError(f"weight must be [kh, kw, C] or [kh, kw, C, D] with kh and kw odd, got {tuple(weight.shape)}")
     if weight.shape[2] != features.shape[2]:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit features of {features.shape[2]} channels")
-    name = resolve_backend(backend, features.device, weight.dim() == 3)
-    if features.dtype == torch.float64 and not BACKENDS[name].float64:
-        name = "torch_dense"  # rather than round
-    if weight.dim() == 3 and math.prod(weight.shape[:2]) >= FFT_TAPS:
-        name = "torch_dense"  # which takes FFTs for it: no loop over so many neighbours is as fast
-    return importlib.import_module(f"models.backends.{name}").sparse_conv(features, weight, coords)
+    kh, kw = weight.shape[:2]
+    total = _choose(backend, features, weight, coords)(features, weight, coords)
+    dtype = torch.promote_types(total.dtype, torch.float32)
+    factor = coords.cached(("kh kw / |N|", kh, kw, dtype),
+                           lambda: (kh * kw / neighbour_counts(coords, (kh, kw)).to(dtype))[:, :, None])
+    return (total * factor).to(features.dtype)
 
 
-def available_backends():
-    """Names of the backends that can be used on this machine."""
-    return [name for name in BACKENDS if not _unavailable_reason(name, depthwise=False)]
+def dense_neighbour_sum(features, weight, coords):
+    """The neighbour sum as a convolution of the image, in which absent pixels are zeros: the portable reference.
 
-
-@tracing.constant  # torch.compile need not trace how it is found
-def resolve_backend(name, device, depthwise):
-    """The backend that `name` ("auto" or a name of BACKENDS) stands for.
-
-    device     torch.device of the features, or None where it is not known yet
-    depthwise  whether the weight is [kh, kw, C]
-    Raises UserError where there is no such backend, or it cannot be used here.
+    Its cost does not depend on how many pixels are present.
     """
-    if name == "auto":
-        candidates = AUTO["depthwise" if depthwise else "full"]
-        return next(candidate for candidate in candidates if not _unsuitable(candidate, device, depthwise))
-    if name not in BACKENDS:
-        raise UserError(f"model.backend={name!r} is not one of auto, {', '.join(BACKENDS)}; use auto")
-    reason = _unsuitable(name, device, depthwise)
-    if reason:
-        usable = ", ".join(["auto", *(other for other in BACKENDS if not _unsuitable(other, device, depthwise))])
-        raise UserError(f"model.backend={name!r} cannot be used: {reason}; usable here: {usable}")
-    return name
+    kh, kw, channels = weight.shape[:3]
+    depthwise = weight.dim() == 3
+    image = coords.scatter(features)
+    if depthwise and kh * kw >= FFT_TAPS:
+        image = fft_depthwise(image, weight).to(features.dtype)
+    else:
+        kernel = (weight[:, :, None] if depthwise else weight).permute(3, 2, 0, 1).to(features.dtype)
+        image = F.conv2d(image, kernel, padding=(kh // 2, kw // 2), groups=channels if depthwise else 1)
+    return coords.gather(image)
 
 
 def neighbour_counts(coords, kernel_size):
     """Number of points in the window (kh, kw) around each point, itself included: |N(c)|, float32 [B, L], integers."""
-    return coords.cached(("neighbour_counts", tuple(kernel_size)), lambda: _neighbour_counts(coords, *kernel_size))
+    return coords.cached(("neighbour counts", tuple(kernel_size)), lambda: _neighbour_counts(coords, *kernel_size))
 
 
 def _neighbour_counts(coords, kh, kw):
-    if coords.is_raster:
-        rows, columns = (_inside(*axis, coords.device) for axis in zip(coords.size, (kh, kw), strict=True))
-        return torch.outer(rows, columns).flatten().repeat(coords.batch, 1)
     count = (coords.table >= 0).float().view(coords.batch, *coords.size)
     for axis, k, padding in ((1, kh, (0, 0, kh // 2 + 1, kh // 2)), (2, kw, (kw // 2 + 1, kw // 2))):
-        up_to = F.pad(count, padding).cumsum(axis)  # whole numbers, far below 2^24
+        up_to = F.pad(count, padding).cumsum(axis)  # integers, far below 2^24
         count = up_to.narrow(axis, k, coords.size[axis - 1]) - up_to.narrow(axis, 0, coords.size[axis - 1])
     return count.flatten(1).gather(1, coords.index)
 
 
-def _inside(length, k, device):
-    """How many of the k pixels around each pixel of an axis lie in the image, float32 [length]."""
-    pixel = torch.arange(length, device=device)
-    return ((pixel + k // 2).clamp(max=length - 1) - (pixel - k // 2).clamp(min=0) + 1).float()
+def fft_depthwise(image, weight):
+    """F.conv2d of image [B, C, H, W] with zeros around it and one kernel per channel, weight [kh, kw, C]: [B, C, H, W].
+
+    Computed by FFT in float32, or float64 for a float64 image, and returned in that precision.
+    """
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    channels = max(FFT_CHUNK // image[:, 0].numel(), 1)
+    with torch.autocast(image.device.type, enabled=False):
+        parts = zip(image.split(channels, dim=1), weight.to(image.dtype).split(channels, dim=2), strict=True)
+        return torch.cat([_fft_depthwise(*part) for part in parts], dim=1)
 
 
-def _unsuitable(name, device, depthwise):
-    """Why a backend cannot be used for this; "" where it can."""
-    backend = BACKENDS[name]
-    if not (backend.depthwise if depthwise else backend.full):
-        return f"it has no {'depthwise' if depthwise else 'full'} kernels (model.depthwise_sparse={depthwise})"
-    if device is not None and device.type not in backend.devices:
-        return f"the model is on {device.type}, and it runs on {' or '.join(backend.devices)}"
-    return _unavailable_reason(name, depthwise)
+def _fft_depthwise(image, weight):
+    size, taps = image.shape[-2:], weight.shape[:2]
+    # the image and half a kernel of zeros, which both of its ends share
+    padded = [next_fast_len(max(length + k // 2, k), real=True) for length, k in zip(size, taps, strict=True)]
+    kernel = F.pad(weight.permute(2, 0, 1), (0, padded[1] - taps[1], 0, padded[0] - taps[0]))
+    kernel = kernel.roll([-(k // 2) for k in taps], dims=(1, 2))  # the middle tap to the corner
+    spectrum = torch.fft.rfft2(image.contiguous(), s=padded) * torch.fft.rfft2(kernel).conj()
+    return torch.fft.irfft2(spectrum, s=padded)[..., : size[0], : size[1]]
 
 
-@functools.cache
-def _unavailable_reason(name, depthwise):
-    return importlib.import_module(f"models.backends.{name}").unavailable_reason(depthwise)
+def available_backends():
+    """Names of the backends that can be used on this machine."""
+    return ["torch_dense", *(name for name, backend in BACKENDS.items() if not backend.unavailable_reason(False))]
+
+
+def resolve_backend(name, device, depthwise):
+    """The backend that `name` stands for: torch_dense, a name of models.kernels.BACKENDS, or auto.
+
+    device     torch.device of the features, or None if it is not known yet
+    depthwise  whether the weight is [kh, kw, C]
+    Raises UserError if there is no such backend, or it cannot be used here.
+    """
+    if name == "auto":
+        return next((other for other in AUTO if not BACKENDS[other].obstacle(device, depthwise)), "torch_dense")
+    if name not in NAMES:
+        raise UserError(f"model.backend={name!r} is not one of auto, {', '.join(NAMES)}; use auto")
+    reason = "" if name == "torch_dense" else BACKENDS[name].obstacle(device, depthwise)
+    if reason:
+        usable = [other for other in BACKENDS if not BACKENDS[other].obstacle(device, depthwise)]
+        raise UserError(f"model.backend={name!r} cannot be used: {reason}; usable here: "
+                        f"{', '.join(['auto', 'torch_dense', *usable])}")
+    return name
+
+
+def _choose(backend, features, weight, coords):
+    """The function that computes the neighbour sum."""
+    name = resolve_backend(backend, features.device, weight.dim() == 3)
+    large = weight.dim() == 3 and math.prod(weight.shape[:2]) >= FFT_TAPS  # FFTs are faster than any loop
+    rounds = features.dtype == torch.float64 and name != "numba"
+    # On a CPU a dense convolution of all pixels is twice as fast as the loop forward, and slower backward.
+    dense = name == "numba" and coords.is_raster and not torch.is_grad_enabled()
+    if name == "torch_dense" or large or rounds or dense:
+        return dense_neighbour_sum
+    return BACKENDS[name].neighbour_sum

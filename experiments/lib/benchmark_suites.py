@@ -20,8 +20,7 @@ from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.sampling import decode
 from experiments.lib.reference import ReferenceDecoder, ReferenceEncoder, nearest_points
 from models.build import build_decoder, build_encoder
-from models.interpolation import knn_to_grid
-from models.nearest import nearest_pixels
+from models.interpolation import knn_to_grid, nearest_pixels
 from models.sparse_conv import BACKENDS, available_backends, sparse_conv
 from utils import rng
 from utils.adamw import AdamW

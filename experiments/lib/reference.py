@@ -1,4 +1,4 @@
-"""The autoencoder's networks by METHOD 4, step by step: contiguous NCHW, dense convolutions, brute-force neighbours.
+"""The autoencoder's networks step by step (docs/method.md, 4): contiguous NCHW, dense convolutions, all distances.
 
 They share the parameters of the networks they are made from, keep nothing between calls, and are what a first
 implementation would be: the oracle of the tests, and the slow path of `experiments/benchmark.py --against reference`.
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.sparse_block import resize_kernel
+from models.blocks import resize_kernel
 
 
 class ReferenceDecoder(nn.Module):
@@ -18,7 +18,7 @@ class ReferenceDecoder(nn.Module):
         super().__init__()
         self.fast = fast
 
-    def forward(self, values, t, z, coords):
+    def forward(self, values, t, z, coords, max_points=None):
         fast = self.fast
         modulation = film_vectors(fast.conditioning, fast.time(t), z)
         grid, skips = points_to_grid(fast.points_to_grid, values, coords, modulation)
@@ -37,7 +37,7 @@ class ReferenceEncoder(nn.Module):
         super().__init__()
         self.fast = fast
 
-    def forward(self, values, coords, generator=None):
+    def forward(self, values, coords, generator=None, max_points=None):
         grid, _ = points_to_grid(self.fast.points_to_grid, values, coords)
         x, _ = grid_down(self.fast.grid_down, grid)
         return self.fast.linear_out(pointwise(self.fast.linear_grid, x).mean(dim=(2, 3)))
@@ -87,33 +87,29 @@ def gather(image, coords):
 
 
 def knn_to_grid(features, coords, grid_size, k):
-    """All distances from every node of the grid to every point, the k smallest of them, and a weighted mean."""
+    """All distances from every grid node to every point, the smallest of them, and a weighted mean."""
     place, distance = nearest_points(coords, grid_size, k)
     weight = 1 / distance.square().clamp(min=1e-20)
     weight = weight / weight.sum(dim=2, keepdim=True)
-    batch, nodes, _ = place.shape
     rows = features.gather(1, place.flatten(1)[:, :, None].expand(-1, -1, features.shape[2]))
-    rows = rows.view(batch, nodes, k, -1)
+    rows = rows.unflatten(1, place.shape[1:])
     grid = (rows * weight[:, :, :, None].to(rows.dtype)).sum(dim=2)
     return grid.transpose(1, 2).unflatten(2, (grid_size, grid_size)).contiguous()
 
 
-def nearest_points(coords, grid_size, k, ties_by_index=True):
-    """(place int64 [B, G * G, k], distance [B, G * G, k]) by torch.cdist and topk.
+def nearest_points(coords, grid_size, k, dtype=torch.float64):
+    """(place int64 [B, G * G, n], distance float32, likewise) by torch.cdist and topk, with n = k + 8 or all points.
 
-    ties_by_index   of equally near points take the first ones in raster order, as the fast search does: in float64,
-                    with an amount added to distances that is too small to matter otherwise. Without it the order of
-                    equals is topk's.
+    Infinite distances for points that are further than the k-th. Equal distances differ by rounding, hence the margin.
     """
-    dtype = torch.float64 if ties_by_index else torch.float32
     axis = (torch.arange(grid_size, device=coords.device, dtype=dtype) + 0.5) / grid_size
     nodes = torch.stack([axis.repeat(grid_size), axis.repeat_interleave(grid_size)], dim=1)  # (x, y)
     height, width = coords.size
     points = torch.stack([(coords.index % width + 0.5) / width, (coords.index // width + 0.5) / height], dim=2)
     distance = torch.cdist(nodes.expand(len(points), -1, -1), points.to(dtype))
-    order = distance + 1e-13 * coords.index[:, None] if ties_by_index else distance
-    place = order.topk(k, dim=2, largest=False).indices
-    return place, distance.gather(2, place).float()
+    distance, place = distance.topk(min(k + 8, coords.num_points), dim=2, largest=False)
+    margin = 1 + 1e3 * torch.finfo(dtype).eps
+    return place, distance.where(distance <= margin * distance[..., k - 1 : k], torch.inf).float()
 
 
 def grid_to_points(grid, coords):
@@ -175,12 +171,12 @@ def film(module, h, modulation=None, channels=2):
         return h
     shape = [len(h), *[1] * (h.dim() - 1)]
     shape[channels] = -1
-    scale_t, shift_t, scale_z = (vector.reshape(shape) for vector in modulation[module.place])
+    scale_t, shift_t, scale_z = (vector.reshape(shape) for vector in modulation[module.index])
     return (h * (1 + scale_t) + shift_t) * (1 + scale_z)
 
 
 def film_vectors(conditioning, t, z):
-    """(scale_t, shift_t, scale_z), each [B, width], of every FiLM layer in order of its place: its own three Linears,
+    """(scale_t, shift_t, scale_z), each [B, width], of every FiLM layer in order of its index: its own three Linears,
     cut out of the stacked ones."""
     def linear(module, x, first, width):
         return F.linear(x, module.weight[first : first + width], module.bias[first : first + width])

@@ -12,8 +12,8 @@ from diffusion.sampling import decode, sample_latents
 from diffusion.window import check_window, decode_window
 from experiments.lib.applications import check_finite
 from experiments.lib.image_folders import ImageFolder
+from models.large_images import check_max_points
 from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
-from models.tiles import check_max_points
 from utils import config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype

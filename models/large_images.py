@@ -1,8 +1,41 @@
-"""A rectangle of an image, seen on its own: the geometry of layers that run on one part of a large image at a time."""
+"""Images too large for memory, and windows of them: a sparse block is evaluated on one part of the image after another.
+
+A block sees half a kernel around each point. So it is exact on a window if it is given the points of that window and of
+a halo of half a kernel around it; what it returns on the halo is dropped. Features of all points are kept between
+blocks, and max_points bounds what a block holds while it works.
+"""
 
 import torch
 
 from data.coordinates import Coordinates
+from models.blocks import run_block
+from utils.errors import UserError
+
+MOST_WORK = 16  # times the points of the image that its parts, halos included, may have
+
+
+def in_parts(block, x, coords, modulation, max_points):
+    """block(x, coords, modulation), with at most max_points points of all images together at a time; None: no limit.
+
+    block   SparseBlock, or a module with the same forward and `halo`
+    Sets of points that are no full image or Window are evaluated at once.
+    """
+    if max_points is None or coords.index.numel() <= max_points or not coords.is_raster:
+        return run_block(block, x, coords, modulation)
+    window = coords if isinstance(coords, Window) else Window.whole(coords.batch, coords.size, coords.device)
+    halo, out = block.halo(coords.image_size), None
+    for part in window.split(halo, max_points // coords.batch):
+        outer = part.grown(halo, window)
+        y = run_block(block, outer.take(x, window), outer, modulation)
+        out = y.new_empty(*x.shape[:2], y.shape[2]) if out is None else out
+        part.put(part.take(y, outer), window, out)
+    return out
+
+
+def check_max_points(network, image_size, max_points):
+    """UserError if max_points is too few for an image of size (H, W); network: SparseUNet or SparseEncoder."""
+    if max_points < image_size[0] * image_size[1]:
+        Window.whole(1, image_size).split(network.points_to_grid.blocks[0].halo(image_size), max_points)
 
 
 class Window(Coordinates):
@@ -39,10 +72,12 @@ class Window(Coordinates):
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
         return grid.flatten(0, 1).expand(self.batch, -1, -1)
 
-    def grown(self, halo):
-        """This window with halo = (rows, columns) more pixels on each side, as far as the image goes."""
-        rows, columns = ((max(first - more, 0), min(end + more, length)) for (first, end), more, length in
-                         zip((self.rows, self.columns), halo, self.image_size, strict=True))
+    def grown(self, halo, within=None):
+        """This window with halo = (rows, columns) more pixels on each side, as far as the window `within` (the image by
+        default) goes."""
+        spans = (within.rows, within.columns) if within else ((0, length) for length in self.image_size)
+        rows, columns = ((max(first - more, start), min(end + more, stop)) for (first, end), more, (start, stop) in
+                         zip((self.rows, self.columns), halo, spans, strict=True))
         return Window(self.batch, self.image_size, rows, columns, self.device)
 
     def within(self, other):
@@ -60,30 +95,29 @@ class Window(Coordinates):
         rows, columns = self.within(target)
         out.unflatten(1, target.size)[:, rows, columns] = values.unflatten(1, self.size)
 
-    def split(self, halo, most, most_work=16):
+    def split(self, halo, most):
         """Windows that partition this one, each of which has at most `most` pixels when grown by the halo.
 
-        Of the partitions into equal rows and columns of windows, the one that has the fewest grown pixels in all; None
-        where those would be more than `most_work` times the pixels of this window.
+        Chooses the grid of equal windows with the fewest pixels, halos included. Raises UserError if those are more
+        than MOST_WORK times the pixels of this window.
         """
         (height, width), best = self.size, None
         for across in range(1, width + 1):
-            columns = -(-width // across)
-            room = most // self._grown_length(columns, 1, halo)
-            rows = height if room >= self._grown_length(height, 0, halo) else room - 2 * halo[0]
+            columns = min(-(-width // across) + 2 * halo[1], width)
+            rows = height if columns * height <= most else most // columns - 2 * halo[0]
             if rows < 1:
                 continue
             down = -(-height // rows)
             cost = (height + 2 * halo[0] * (down - 1)) * (width + 2 * halo[1] * (across - 1))
             if best is None or cost < best[0]:
                 best = cost, down, across
-        if best is None or best[0] > most_work * height * width:
-            return None
+        if best is None or best[0] > MOST_WORK * height * width:
+            taps = [2 * half + 1 for half in halo]
+            raise UserError(f"--max_points={most * self.batch} is too few for an image of {self.image_size[0]}x"
+                            f"{self.image_size[1]} with kernels of {taps[0]}x{taps[1]} pixels; allow at least "
+                            f"{2 * self.batch * taps[0] * taps[1]}")
         rows, columns = (_parts(span, count) for span, count in ((self.rows, best[1]), (self.columns, best[2])))
         return [Window(self.batch, self.image_size, r, c, self.device) for r in rows for c in columns]
-
-    def _grown_length(self, length, axis, halo):
-        return min(length + 2 * halo[axis], self.image_size[axis])
 
 
 def _parts(span, count):

@@ -1,0 +1,183 @@
+"""Kernels for GPUs, written in Triton: models/kernels/gpu_kernels.py.
+
+Features are float32, float16 or bfloat16, and so is the result. Sums are taken in float32, in a fixed order. Full
+weights are multiplied by tensor cores: in the features' half precision, or in TF32 if PyTorch may use it for products.
+
+With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, in Python: for tests.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import os
+import subprocess
+
+import torch
+import torch.nn.functional as F
+
+from models.kernels import autograd
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+# Block sizes. With four warps none of the kernels spills registers on an A100 or H100.
+POINTS, CHANNELS = 32, 64  # depthwise
+SIDE = {2: 64, 4: 32}  # of the blocks of a matrix product, by the bytes of a factor
+PARTS = {"depthwise": 256, "full": 32}  # of the points, in the gradient of the weight; times kh · kw programs
+REACH = 7  # pixels around a node that the search for its nearest pixels reads first
+PIXELS = 256  # pixels read at a time by the nodes that find too few there
+
+
+@functools.cache
+def unavailable_reason(depthwise=True):
+    """Why the kernels cannot be used here and what to do; "" if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with PyTorch for Linux); use model.backend=auto"
+    if INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU; use model.backend=auto"
+    from triton.runtime import driver  # imported on demand: Triton may be missing
+
+    try:
+        driver.active.utils  # noqa: B018  # compiles a part of Triton when it is first read
+    except (AssertionError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # it raises all of these
+        problem = (f"Triton cannot start kernels ({' '.join(str(error).split())[:100]}); it needs libcuda.so, a C "
+                   "compiler and Python's headers (Debian: gcc, python3-dev)")
+        logging.warning("%s. Until then the slower torch_dense is used", problem)
+        return problem
+    return ""
+
+
+def neighbour_sum(features, weight, coords):
+    """sum over taps of weight[tap] h(p + tap): features [B, L, C], weight [kh, kw, C] or [kh, kw, C, D] ->
+    [B, L, C or D], in the dtype of the features."""
+    return _operator(features, weight, _geometry(coords, weight.shape[:2]))
+
+
+def _geometry(coords, kernel_size):
+    """What the kernels know of the coordinates, kept on them: [position, table].
+
+    table      int32 [B, H + kh - 1, W + kw - 1]: the point of each pixel, numbered through the batch, or -1 for absent
+               pixels and for the margin, so that kernels need no test for the border
+    position   int32 or int64 [B, L]: where each point is in the flattened table
+    """
+    return coords.cached(("padded table", *kernel_size), lambda: _pad_table(coords, *kernel_size))
+
+
+def _pad_table(coords, kh, kw):
+    height, width = coords.size
+    image = torch.arange(coords.batch, dtype=torch.int32, device=coords.device)[:, None]
+    points = torch.where(coords.table >= 0, image * coords.num_points + coords.table, -1)
+    table = F.pad(points.unflatten(1, coords.size), (kw // 2, kw // 2, kh // 2, kh // 2), value=-1)
+    row, column = coords.index // width + kh // 2, coords.index % width + kw // 2
+    position = (image.long() * (height + kh - 1) + row) * (width + kw - 1) + column
+    dtype = torch.int32 if table.numel() < 2**31 else torch.int64
+    return [position.to(dtype, memory_format=torch.contiguous_format), table]
+
+
+def _neighbour_sum(features, weight, position, table):
+    kh, kw, inputs, outputs = *weight.shape[:3], weight.shape[-1]
+    out = features.new_empty(*position.shape, outputs)
+    sizes = position.numel(), table.shape[2]
+    with torch.cuda.device_of(features):
+        if weight.dim() == 3:
+            block = _block(outputs, CHANNELS)
+            _kernels().depthwise[_ceil(position.numel(), POINTS), _ceil(outputs, block)](
+                features.contiguous(), weight.contiguous(), position, table, out, *sizes, outputs, kh, kw, POINTS,
+                block)
+        else:
+            features, weight = _factors(features, weight)
+            side = SIDE[features.element_size()]
+            blocks = side, _block(inputs, side, 16), _block(outputs, side, 16)
+            _kernels().full[_ceil(position.numel(), side), _ceil(outputs, blocks[2])](
+                features, weight, position, table, out, *sizes, inputs, outputs, kh, kw, _precision(), *blocks,
+                num_stages=_stages(features))
+    return out
+
+
+def _weight_gradient(features, grad, weight, position, table):
+    kh, kw, *channels = weight.shape
+    if weight.dim() == 3:
+        kind, kernel, side = "depthwise", _kernels().depthwise_weight_gradient, POINTS
+        features, grad, constants = features.contiguous(), grad.contiguous(), (kh, kw)
+        blocks = [_block(*channels, CHANNELS)]
+    else:
+        features, grad = _factors(features, grad)
+        kind, kernel, side = "full", _kernels().full_weight_gradient, SIDE[features.element_size()]
+        constants = kh, kw, _precision()
+        blocks = [_block(count, side, 16) for count in channels]
+    points = position.numel()
+    span = side * _ceil(points, side * PARTS[kind])  # points of a part
+    parts = _ceil(points, span)
+    partial = features.new_empty(parts, *weight.shape, dtype=torch.float32)
+    with torch.cuda.device_of(features):
+        kernel[(parts * kh * kw, *map(_ceil, channels, blocks))](
+            features, grad, position, table, partial, points, table.shape[2], *channels, span, *constants, side,
+            *blocks, num_stages=_stages(features))
+    return partial.sum(0).to(weight.dtype)
+
+
+_operator = autograd.define_operator("triton_neighbour_sum", ("cuda", "cpu"), _neighbour_sum, _weight_gradient)
+
+
+def nearest_pixels(table, size, grid_size, k, slots):
+    """See models.interpolation.nearest_pixels: (place int64, squared distance float32), both [B, G², slots]."""
+    return _nearest(table, *size, grid_size, k, slots)
+
+
+def _search(table: torch.Tensor, height: int, width: int, grid_size: int, k: int, slots: int) -> tuple[
+        torch.Tensor, torch.Tensor]:
+    place = torch.zeros(len(table), grid_size**2, slots, dtype=torch.int64, device=table.device)
+    squared_distance = torch.full(place.shape, torch.inf, device=table.device)
+    common = math.gcd(height, width)
+    units = width // common, height // common, 2 * height * width * grid_size // common
+    with torch.cuda.device_of(table):
+        _kernels().nearest[(len(table) * grid_size**2,)](
+            table.contiguous(), place, squared_distance, height, width, *units, grid_size, k, slots, REACH,
+            _block(2 * REACH + 1, 2**10), PIXELS, num_warps=1)
+    return place, squared_distance
+
+
+_nearest = torch.library.custom_op("infty_diff::triton_nearest", _search, mutates_args=(), device_types=("cuda", "cpu"))
+
+
+@_nearest.register_fake
+def _(table, height, width, grid_size, k, slots):
+    place = table.new_empty(len(table), grid_size**2, slots, dtype=torch.int64)
+    return place, torch.empty_like(place, dtype=torch.float32)
+
+
+def _kernels():
+    from models.kernels import gpu_kernels  # imported on demand: Triton may be missing
+
+    return gpu_kernels
+
+
+def _factors(first, second):
+    """Both factors of matrix products, contiguous, in the dtype of the first; the interpreter has no bfloat16."""
+    dtype = torch.float32 if INTERPRETED else first.dtype
+    return first.to(dtype).contiguous(), second.to(dtype).contiguous()
+
+
+def _precision():
+    """How matrix products of float32 are computed."""
+    matmul = torch.backends.cuda.matmul  # since PyTorch 2.9 the older of these raises if the newer one was set
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def _stages(features):
+    """Loop iterations in flight. Triton 3.2 (PyTorch 2.6) fails to compile more than one with float32 products."""
+    import triton  # imported on demand: it may be missing
+
+    return 1 if features.element_size() == 4 and triton.__version__.startswith("3.2.") else 3
+
+
+def _block(channels, most, least=1):
+    """Channels of a program: a power of two; a matrix product takes no less than 16."""
+    return max(min(1 << (channels - 1).bit_length(), most), least)
+
+
+def _ceil(count, block):
+    return -(-count // block)
