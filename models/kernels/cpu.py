@@ -11,7 +11,7 @@ import threading
 import torch
 import torch.nn.functional as F
 
-from models.kernels import autograd
+from models.kernels.autograd import define_operator
 
 _lock = threading.Lock()  # one of numba's threading layers is not thread-safe
 
@@ -80,7 +80,7 @@ def _weight_gradient(features, grad, weight, start, near, tap):
     return out.to(weight.dtype)
 
 
-_operator = autograd.define_operator("numba_neighbour_sum", "cpu", _neighbour_sum, _weight_gradient)
+_operator = define_operator("numba_neighbour_sum", "cpu", _neighbour_sum, _weight_gradient)
 
 
 def _wide(values):
@@ -110,7 +110,7 @@ def _run(name, *arguments):
 def _loop(name):
     import numba
 
-    from models.kernels import cpu_loops
+    import models.kernels.cpu_loops as cpu_loops
 
     loop = getattr(cpu_loops, name)
     folder = loop.stats.cache_path

@@ -16,7 +16,7 @@ import subprocess
 import torch
 import torch.nn.functional as F
 
-from models.kernels import autograd
+from models.kernels.autograd import define_operator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -118,7 +118,7 @@ def _weight_gradient(features, grad, weight, position, table):
     return partial.sum(0).to(weight.dtype)
 
 
-_operator = autograd.define_operator("triton_neighbour_sum", ("cuda", "cpu"), _neighbour_sum, _weight_gradient)
+_operator = define_operator("triton_neighbour_sum", ("cuda", "cpu"), _neighbour_sum, _weight_gradient)
 
 
 def nearest_pixels(table, size, grid_size, k, slots):
@@ -149,7 +149,7 @@ def _(table, height, width, grid_size, k, slots):
 
 
 def _kernels():
-    from models.kernels import gpu_kernels  # imported on demand: Triton may be missing
+    import models.kernels.gpu_kernels as gpu_kernels  # imported on demand: Triton may be missing
 
     return gpu_kernels
 

@@ -11,7 +11,7 @@ result is written once, by one program, and nothing is added atomically: the sam
 
     features, grad   [N, channels], contiguous; the points of all images are numbered through
     weight           [kh · kw, C] or [kh · kw, C, D], contiguous
-    position, table  models.kernels.autograd.geometry; stride is the width of the table
+    position, table  models.kernels.gpu._geometry; stride is the width of the table
 
 Sums are taken in float32. Blocks need not divide anything: what lies beyond an edge is masked.
 """
