@@ -1,4 +1,4 @@
-"""The diffusion autoencoder: the decoder denoises at coordinates, the encoder turns an image into a vector."""
+"""The diffusion autoencoder: the decoder denoises an image at coordinates, the encoder maps an image to a vector."""
 
 import torch
 from torch import nn
@@ -12,15 +12,16 @@ from utils.rng import randn
 class SparseUNet(nn.Module):
     """Decoder: the diffusion model f(x_t, t, z), at any set of coordinates of an image of any size (docs/method.md, 4).
 
-    channels      of the values, out_channels of the prediction (twice as many if it also predicts a variance)
+    channels      channels of the values
+    out_channels  channels of the prediction; twice as many if it includes a variance
     width         nf, features of each point
     num_blocks    sparse residual blocks on either side of the grid
     make_block    () -> SparseBlock
     grid_unet     GridUNet
     neighbours    nearest points that each grid node averages
-    time_emb_dim  sinusoidal features of t, and length of its embedding
+    time_emb_dim  number of sinusoidal features of t, and length of its embedding
     z_dim         length of z
-    backend       what finds the nearest points (models.interpolation)
+    backend       model.backend, for the search for nearest points (models.interpolation)
     """
 
     def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim,
@@ -42,9 +43,9 @@ class SparseUNet(nn.Module):
     def forward(self, values, t, z, coords, grid=None, max_points=None):
         """values [B, L, C], t [B] in [0, 1000), z [B, Z] -> [B, L, out_channels], of the dtype of values.
 
-        grid        what grid_features returned, for points that see the grid of another set of points (a window of an
-                    image sees the grid of the whole); by default that of these points
-        max_points  points of all images together that a sparse block takes at a time; None: no limit
+        grid        result of grid_features for another set of points, such as the whole image that `coords` is a window
+                    of; by default that of these points
+        max_points  points that a sparse block processes at a time, of all images together; None: no limit
         """
         modulation = self.conditioning(self.time(t), z)
         x, skips = self.points_to_grid(values, coords, modulation, max_points)
@@ -56,25 +57,24 @@ class SparseUNet(nn.Module):
         return self.linear_out(x).to(values.dtype)
 
     def grid_features(self, values, t, z, coords, max_points=None):
-        """Features [B, nf, G, G] that points read back: all that a point knows of those far from it."""
+        """Features [B, nf, G, G] that grid_to_points interpolates: all that a point knows about distant points."""
         modulation = self.conditioning(self.time(t), z)
         x, _ = self.points_to_grid(values, coords, modulation, max_points)
         return self._on_grid(x, coords, modulation)
 
     def _on_grid(self, x, coords, modulation):
         grid = self.grid_unet(self.points_to_grid.interpolate(x, coords), modulation)
-        # Linear commutes with interpolation, whose weights sum to one; the grid is where it has the fewer rows to map.
+        # Linear commutes with interpolation, because the weights sum to one. The grid has fewer rows than the points.
         return self.linear_back(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class SparseEncoder(nn.Module):
-    """Encoder: values at coordinates -> latent z, the mean over the grid of the U-Net's down half (docs/method.md,
-    4.7).
+    """Encoder: values at coordinates -> latent z, the mean over the lowest grid of the U-Net (docs/method.md, 4.7).
 
-    points_to_grid  PointsToGrid without conditioning
-    grid_down       GridDown without conditioning
+    points_to_grid  PointsToGrid
+    grid_down       GridDown
     z_dim           length of z
-    stochastic      predict a normal distribution of z and, in training, draw from it
+    stochastic      predict a normal distribution of z, and sample from it in training
     """
 
     def __init__(self, points_to_grid, grid_down, z_dim, stochastic=False):
@@ -86,9 +86,9 @@ class SparseEncoder(nn.Module):
         self.linear_out = nn.Linear(z_dim, 2 * z_dim if stochastic else z_dim)
 
     def forward(self, values, coords, generator=None, max_points=None):
-        """values [B, L, C] -> z [B, Z], or (z, mu, logvar) if stochastic; z = mu in eval mode. Dtype of values.
+        """values [B, L, C] -> z [B, Z], or (z, mu, logvar) if stochastic, in the dtype of values. In eval mode z = mu.
 
-        generator   one torch.Generator, or a list of one per sample, for the draw of z (utils.rng)
+        generator   one torch.Generator, or a list of one per image, that z is drawn from (utils.rng)
         max_points  as for SparseUNet
         """
         x, _ = self.points_to_grid(values, coords, max_points=max_points)
@@ -104,7 +104,7 @@ class SparseEncoder(nn.Module):
 
 
 class NoEncoder(nn.Module):
-    """Takes the place of the encoder if there is none: every image has the empty latent."""
+    """Stands in for the encoder if model.z_dim is 0: the latent of every image is empty."""
 
     def forward(self, values, coords, generator=None, max_points=None):
         """values [B, L, C] -> [B, 0]."""
@@ -112,14 +112,14 @@ class NoEncoder(nn.Module):
 
 
 class PointsToGrid(nn.Module):
-    """Steps that decoder and encoder share: Linear, sparse blocks, interpolation to the grid, Linear.
+    """The first layers of decoder and encoder: Linear, sparse blocks, interpolation to the grid, Linear.
 
-    channels    of the values
+    channels    channels of the values
     width       nf, features of each point
     blocks      sparse residual blocks
     spec        models.grid_unet.GridSpec of the grid
     neighbours  nearest points that each grid node averages
-    backend     what finds them (models.interpolation)
+    backend     model.backend, for the search for nearest points (models.interpolation)
     """
 
     def __init__(self, channels, width, blocks, spec, neighbours, backend="auto"):
@@ -130,7 +130,7 @@ class PointsToGrid(nn.Module):
         self.linear_out = nn.Linear(width, spec.base_channels)
 
     def forward(self, values, coords, modulation=None, max_points=None):
-        """values [B, L, C] -> (x [B, L, nf], outputs of all blocks, of which x is the last)."""
+        """values [B, L, C] -> (x [B, L, nf], list of the outputs of all blocks; x is the last)."""
         x, outputs = self.linear_in(values), []
         for block in self.blocks:
             x = in_parts(block, x, coords, modulation, max_points)
@@ -138,6 +138,7 @@ class PointsToGrid(nn.Module):
         return x, outputs
 
     def interpolate(self, x, coords):
-        """x [B, L, nf] -> grid [B, base, G, G]. Linear commutes with the interpolation, whose weights sum to one."""
+        """x [B, L, nf] -> grid [B, base, G, G]."""
         grid = knn_to_grid(x, coords, self.resolution, self.neighbours, self.backend)
+        # Linear commutes with interpolation, because the weights sum to one.
         return self.linear_out(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

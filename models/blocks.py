@@ -1,4 +1,4 @@
-"""The residual block on scattered points, and how t and z modulate the features of every block."""
+"""The residual block on scattered points, and the conditioning of all blocks on t and z."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ class SparseBlock(nn.Module):
     kernel_size   k, odd: taps per axis of the kernel at the training resolution
     train_size    pixels per axis of the training resolution
     depthwise     one kernel per channel, [k, k, nf], or a full one, [k, k, nf, nf]
-    backend       what computes K (models.sparse_conv); parameters do not depend on it
+    backend       model.backend, for K (models.sparse_conv); parameters do not depend on it
     """
 
     def __init__(self, width, kernel_size, train_size, depthwise=True, backend="auto"):
@@ -32,7 +32,7 @@ class SparseBlock(nn.Module):
         self.film_mlp = FiLM(width)
         self.mlp = feed_forward(width, 2 * width)
 
-        # Small, because on a subset K is a noisy estimate of its integral.
+        # Small, because K is a noisy estimate of its integral on a subset of the pixels.
         bound = (width * kernel_size**2) ** -0.5
         nn.init.uniform_(self.kernel, -bound, bound)
         nn.init.zeros_(self.mlp[-1].weight)
@@ -46,21 +46,21 @@ class SparseBlock(nn.Module):
         return x + self.mlp(self.film_mlp(self.norm_mlp(x), modulation))
 
     def halo(self, image_size):
-        """(rows, columns) around a point that the block sees in an image of size (H, W): half a kernel."""
+        """Rows and columns that the block sees on each side of a point in an image of size (H, W): half a kernel."""
         return tuple(resized_length(self.kernel.shape[0], length, self.train_size) // 2 for length in image_size)
 
 
 def feed_forward(width, hidden):
-    """Linear from `width` to `hidden` features, GELU, Linear to `width`, of [..., width]."""
+    """Linear, GELU, Linear: [..., width] -> [..., hidden] -> [..., width]."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def resize_kernel(kernel, size, train_size):
-    """The kernel [k, k, ...] of train_size² images, for images of size (H, W): [kh, kw, ...] (docs/method.md, 4.2).
+    """A kernel [k, k, ...] for train_size² images, resized for images of size (H, W): [kh, kw, ...].
 
-    Each axis is resampled bilinearly to its resized_length; if it shrinks, taps are averaged and not skipped
+    Each axis is resampled bilinearly to its resized_length; an axis that shrinks averages taps and skips none
     (antialias). The factor k² / (kh kw) turns the operator's kh kw / |N| into k² / |N|, so that K estimates the same
-    integral at every resolution.
+    integral at every resolution (docs/method.md, 4.2).
     """
     k = kernel.shape[0]
     kh, kw = (resized_length(k, length, train_size) for length in size)
@@ -72,15 +72,15 @@ def resize_kernel(kernel, size, train_size):
 
 
 def resized_length(k, length, train_size):
-    """The odd number of taps nearest to k · length / train_size (the smaller of two), and at least min(k, 3)."""
+    """The odd number nearest to k · length / train_size, of two the smaller; at least min(k, 3)."""
     return max(min(k, 3), 2 * -(-k * length // (2 * train_size)) - 1)
 
 
 class TimeEmbedding(nn.Module):
     """Time step -> vector: sinusoidal features, Linear, GELU, Linear (docs/method.md, 4.1).
 
-    width   number of sinusoidal features (even)
-    out     length of the result
+    width  number of sinusoidal features, even
+    out    length of the result
     """
 
     def __init__(self, width, out):
@@ -102,15 +102,15 @@ def sinusoidal_features(t, width):
 
 
 class FiLM(nn.Module):
-    """Feature-wise modulation: h · scale + shift, with this layer's entry of what Conditioning returns.
+    """Feature-wise modulation, h · scale + shift, by this layer's entry in the result of Conditioning.
 
-    It has no parameters of its own, and without a modulation (the encoder) it is the identity.
+    It has no parameters of its own. Without a modulation, in the encoder, it is the identity.
     """
 
     def __init__(self, width):
         super().__init__()
         self.width = width
-        self.index = None  # of its entry, assigned by Conditioning
+        self.index = None  # of the entry; Conditioning sets it
 
     def forward(self, h, modulation=None):
         """h [B, ..., width] -> like h."""
@@ -125,12 +125,12 @@ class Conditioning(nn.Module):
 
     FiLM(h) = (h (1 + scale_t) + shift_t) (1 + scale_z), with (scale_t, shift_t) = Linear(GELU(t)) and
     scale_z = Linear(GELU(Linear(z))), so that scale = (1 + scale_t) (1 + scale_z) and shift = shift_t (1 + scale_z).
-    Every FiLM layer has its own Linears. Their weights are stacked here and multiplied in a few large products: one by
-    one they would be a third of the operations of a training step.
+    Every FiLM layer has its own Linears. They are stacked here into a few large matrix products: separate ones would be
+    a third of the operator calls of a training step.
 
     layers    the FiLM layers
     time_dim  length of the embedded t
-    z_dim     length of z; 0: there is no z, and scale_z is 0
+    z_dim     length of z; 0: no z, and scale_z = 0
     """
 
     def __init__(self, layers, time_dim, z_dim):
@@ -154,7 +154,7 @@ class Conditioning(nn.Module):
     def forward(self, t, z):
         """t [B, time_dim] embedded, z [B, z_dim] -> list of (scale [B, width], shift [B, width]), one per FiLM layer.
 
-        They are float32 in mixed precision too: in bfloat16 1 + 0.003 is 1.
+        They are float32 in mixed precision too, because 1 + 0.003 is 1 in bfloat16.
         """
         scale_t, shift_t = _at_least_float32(self.time(F.gelu(t))).chunk(2, dim=1)
         scale_z = 1 if self.latent is None else 1 + _at_least_float32(self._latent_scales(F.gelu(self.latent(z))))
@@ -162,7 +162,7 @@ class Conditioning(nn.Module):
         return list(zip(scale.split(self.widths, dim=1), shift.split(self.widths, dim=1), strict=True))
 
     def _latent_scales(self, hidden):
-        """The last Linear of every layer, [B, sum of widths] -> the same shape: one product for all of one width."""
+        """The last Linear of every layer, [B, sum of widths] -> the same shape, by one product per width."""
         parts = hidden.split([width * count for width, count in self.groups], dim=1)
         scales = []
         for part, (width, count), weight, bias in zip(
@@ -177,7 +177,7 @@ def _at_least_float32(values):
 
 
 def run_block(block, *inputs):
-    """block(*inputs). With activation checkpointing only its inputs are kept for the backward pass."""
+    """block(*inputs). Activation checkpointing keeps only the inputs for the backward pass."""
     if getattr(block, "checkpoint_activations", False) and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

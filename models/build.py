@@ -1,4 +1,4 @@
-"""The only place where a model is made from a config."""
+"""Builds the networks from a config; nothing else does."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def build_decoder(config):
-    """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
     model, channels = config.model, config.data.channels
     _check_even_time_emb_dim(model)
     decoder = SparseUNet(
@@ -34,8 +34,8 @@ def build_decoder(config):
 
 
 def build_encoder(config):
-    """SparseEncoder of a stage-1 config, or NoEncoder where z_dim is 0, in float32 on the CPU. Raises UserError where
-    model.* is impossible."""
+    """SparseEncoder of a stage-1 config (NoEncoder if z_dim is 0), in float32 on the CPU. Raises UserError if fields of
+    config.model contradict."""
     model = config.model
     spec = _grid_spec(model)
     if model.z_dim == 0:
@@ -52,10 +52,9 @@ def build_encoder(config):
 
 
 def build_latent_model(config):
-    """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError where model.* is impossible."""
+    """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
     model = config.model
-    _check(model.num_layers >= 2, model, "num_layers", "must be at least 2")
-    _check(model.z_dim >= 1, model, "z_dim", "must be at least 1: without an encoder there are no latents")
+    _check(model.z_dim >= 1, model, "z_dim", "must be at least 1; an autoencoder without an encoder has no latents")
     _check_even_time_emb_dim(model)
     network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
     if config.train.compile:
@@ -64,11 +63,11 @@ def build_latent_model(config):
 
 
 def preserve_variance(network):
-    """Draw the weights of all Linear and convolution layers anew: normal, of variance 1 / fan-in, and zero biases.
+    """Initialise all Linear and convolution layers: normal weights of variance 1 / fan-in, zero biases.
 
-    PyTorch's defaults shrink a signal by sqrt(3) in every layer without normalisation. The encoder has about ten of
-    them between the image and z, so that z would hardly depend on the image, and whatever depends on z would be learnt
-    late. Layers of zeros, the ends of the residual branches, stay zero; other parameters keep their values.
+    PyTorch's default shrinks a signal by sqrt(3) in every layer without normalisation. The encoder has about ten of
+    them, so that z would hardly depend on the image at first. Layers that are zero, the last ones of the residual
+    branches, stay zero. Other parameters keep their values (docs/method.md, 4.9).
     """
     for layer in network.modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) or layer.weight.is_meta:
@@ -80,20 +79,20 @@ def preserve_variance(network):
 
 
 def _fan_in(layer):
-    """Number of products that are summed in one output."""
-    if isinstance(layer, nn.ConvTranspose2d):  # an output sees a part of the kernel, one of stride² phases
+    """Number of products in the sum of one output."""
+    if isinstance(layer, nn.ConvTranspose2d):  # an output sees one of stride² phases of the kernel
         return layer.weight[:, 0].numel() / (layer.stride[0] * layer.stride[1])
     return layer.weight[0].numel()
 
 
 def _prepared(config, network):
-    """The network with activation checkpointing and compilation as config.train asks for."""
+    """The network, with the activation checkpointing and the compilation of config.train."""
     if config.train.checkpoint_activations:
         for module in network.modules():
             if isinstance(module, (SparseBlock, Stage)):  # they hold nearly all of the memory
                 module.checkpoint_activations = True
         if config.train.compile and hasattr(functorch, "graphsafe_rng_functionalization"):
-            # It would seed dropout once per process and not at every step: a resumed run would drop other features.
+            # It seeds dropout once per process and not at every step, so that a resumed run would drop other features.
             functorch.graphsafe_rng_functionalization = False
     if config.train.compile:
         network.compile()  # in place, so that names of parameters stay as they are
@@ -102,7 +101,6 @@ def _prepared(config, network):
 
 def _sparse_block(config):
     model = config.model
-    _check(model.kernel_size % 2 == 1, model, "kernel_size", "must be odd")
     resolve_backend(model.backend, device=None, depthwise=model.depthwise_sparse)
     return SparseBlock(model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend)
 
@@ -133,7 +131,7 @@ def _grid_spec(model):
 
 
 def _check_even_time_emb_dim(model):
-    _check(model.time_emb_dim % 2 == 0, model, "time_emb_dim", "must be even, for pairs of sine and cosine")
+    _check(model.time_emb_dim % 2 == 0, model, "time_emb_dim", "must be even: half sines, half cosines")
 
 
 def _check(holds, model, field, allowed):

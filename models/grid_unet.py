@@ -20,7 +20,7 @@ ATTENTION_KINDS = ("auto", "sdpa", "flash_attn")
 
 @dataclass(frozen=True)
 class GridSpec:
-    """Shape of the U-Net; fields are those of config.model with the prefix uno_."""
+    """Architecture of the U-Net: the fields uno_* of config.model, and its `attention`."""
 
     resolution: int
     base_channels: int
@@ -34,7 +34,7 @@ class GridSpec:
 
     @property
     def widths(self):
-        """Channels of each level, and those below the last one."""
+        """Channels of each level, then those of the middle."""
         return [self.base_channels * mult for mult in (1, *self.mults)]
 
     @property
@@ -44,7 +44,7 @@ class GridSpec:
 
 
 class GridUNet(nn.Module):
-    """GridDown mirrored: every stage going up takes the output of its counterpart going down (docs/method.md, 4.4)."""
+    """GridDown and its mirror image; a stage going up also takes its counterpart's output (docs/method.md, 4.4)."""
 
     def __init__(self, spec):
         super().__init__()
@@ -73,7 +73,7 @@ class GridUNet(nn.Module):
 
 
 class GridDown(nn.Module):
-    """1×1 convolution, the levels going down, and the middle (block, attention, block) of the U-Net."""
+    """The first half of the U-Net: 1×1 convolution, levels going down, middle (block, attention, block)."""
 
     def __init__(self, spec):
         super().__init__()
@@ -106,7 +106,7 @@ class GridDown(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual block, followed by attention if the spec (or the argument) asks for it."""
+    """Residual block, followed by attention if `attention` is true (by default: at the resolutions of the spec)."""
 
     def __init__(self, spec, width_in, width_out, resolution, attention=None):
         super().__init__()
@@ -122,7 +122,7 @@ class Stage(nn.Module):
 class ResidualBlock(nn.Module):
     """LayerNorm, GELU, 3×3; LayerNorm, FiLM by t and z, GELU, dropout, 3×3; plus the input (docs/method.md, 4.4).
 
-    The last convolution starts at zero. conv_type "spectral" replaces both convolutions by Fourier layers.
+    The last convolution is initialised to zero. conv_type "spectral" replaces both convolutions by Fourier layers.
     """
 
     def __init__(self, spec, width_in, width_out, resolution):
@@ -150,7 +150,7 @@ class Attention(nn.Module):
     kind    auto        flash_attn if it is installed and applies (CUDA, half precision), otherwise sdpa
             sdpa        F.scaled_dot_product_attention
             flash_attn  the flash-attn package; UserError if it is not installed or does not apply
-    The last layer starts at zero, so that the module starts as the identity.
+    The last layer is initialised to zero, so that the module starts as the identity.
     """
 
     def __init__(self, width, kind="auto"):
@@ -200,7 +200,7 @@ def _flash_attn():
 
 def _sdpa(q, k, v):
     dtype = q.dtype
-    if q.device.type == "cpu":  # its backward pass in bfloat16 takes ten times as long as in float32
+    if q.device.type == "cpu":  # the backward pass takes ten times as long in bfloat16 as in float32
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
@@ -209,17 +209,16 @@ def _sdpa(q, k, v):
 
 
 class SpectralConv(nn.Module):
-    """Fourier layer (Li et al. 2021): a linear map of the lowest modes, one complex matrix each; the others are
-    dropped.
+    """Fourier layer (Li et al. 2021): one complex matrix for each of the lowest modes; other modes are dropped.
 
-    Keeps frequencies -4 ... 3 along rows and 0 ... 3 along columns (the input is real), or what the grid has. It
-    computes in the precision of its parameters, because FFTs in half precision are inexact or missing.
+    It keeps frequencies -4 ... 3 along rows and 0 ... 3 along columns (the input is real), as far as the grid has them.
+    It computes in the precision of its parameters, because FFTs in half precision are inexact or missing.
     """
 
     def __init__(self, width_in, width_out, resolution):
         super().__init__()
         rows, columns = min(2 * MODES, resolution), min(MODES, resolution // 2 + 1)
-        # a buffer: a list as an index makes the host wait for a GPU
+        # A buffer, because indexing with a list makes the host wait for the GPU.
         self.register_buffer("frequencies", torch.arange(-(rows // 2), rows - rows // 2) % resolution, persistent=False)
         self.weight = nn.Parameter(torch.empty(rows, columns, width_in, width_out, 2))  # real, imaginary
         self.bias = nn.Parameter(torch.zeros(width_out))

@@ -1,6 +1,6 @@
 """Between the sampled points and the regular grid of the U-Net, in both directions.
 
-Node (i, j) of a G×G grid sits at ((j + 0.5) / G, (i + 0.5) / G), pixels at their centres likewise (docs/method.md, 1).
+Node (i, j) of a G×G grid sits at ((j + 0.5) / G, (i + 0.5) / G), and pixels sit at their centres (docs/method.md, 1.1).
 """
 
 import math
@@ -8,10 +8,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from models.kernels import AUTO, BACKENDS
+from data.coordinates import Coordinates
+from models.kernels import AUTO, BACKENDS, obstacle
 
 TINY = 1e-20  # keeps the weight of a pixel that coincides with a node finite; other neighbours are > 1e-10 away
-TIES = 7  # pixels beyond the k-th that can be exactly as far: on a lattice, a circle rarely holds more than 8
+TIES = 7  # pixels beyond the k-th that can be exactly as far: up to k = 32, circles hold at most 8 pixels
 CHUNK = 2**24  # distances that the search in plain PyTorch holds at a time
 
 
@@ -41,36 +42,43 @@ def grid_to_points(grid, coords):
 def nearest_pixels(coords, grid_size, k, backend="auto"):
     """The k present pixels nearest to every grid node, and all pixels exactly as far as the k-th.
 
-    Returns (place int64 [B, G², k + TIES], squared_distance float32, likewise) in ascending order of distance in [0,
-    1]², and of raster index if distances are equal; free slots have an infinite distance. `place` is the place in
-    coords.index, nodes are in raster order. Raises ValueError if an image has fewer than k pixels.
+    Returns (place int64 [B, G², slots], squared_distance float32, likewise), slots = min(k + TIES, L), in ascending
+    order of distance in [0, 1]², then of raster index. Free slots have place 0 and an infinite distance. `place`
+    indexes coords.index, and nodes are in raster order. Raises ValueError if an image has fewer than k pixels.
     """
     if not 1 <= k <= coords.num_points:
         raise ValueError(f"k={k} nearest points were asked for, but there are only {coords.num_points} points")
-    table = coords.table[:1] if coords.is_raster else coords.table  # full images have one geometry
-    found = _choose(backend, table.device)(table, coords.size, grid_size, k, k + TIES)
+    if coords.size != coords.image_size:
+        raise ValueError("a window does not hold the pixels around all nodes; give it the grid of the whole image")
+    one = Coordinates.full(1, coords.size, coords.device) if coords.is_raster else coords  # they share one geometry
+    found = _choose(backend, coords.device)(one, grid_size, k, min(k + TIES, coords.num_points))
     return tuple(part.expand(coords.batch, -1, -1) for part in found)
 
 
-def search_nearest_pixels(table, size, grid_size, k, slots):
-    """nearest_pixels in plain PyTorch: all distances from the nodes to the pixels, some nodes at a time.
+def search_nearest_pixels(coords, grid_size, k, slots):
+    """nearest_pixels in plain PyTorch: all distances from nodes to pixels, for some nodes at a time.
 
     The offset along the axis of rows is ((2 row + 1) G - (2 i + 1) H) / (2 H G). With g = gcd(H, W), squared distances
     are integers in units of (g / (2 H W G))², which float64 holds exactly up to 2^53, so that equal ones compare equal.
     """
-    (height, width), common = size, math.gcd(*size)
-    pixels = (table >= 0).nonzero()[:, 1].view(len(table), -1)  # of each image, in raster order
-    rows = _squared_offsets(height, width // common, grid_size, table.device)
-    columns = _squared_offsets(width, height // common, grid_size, table.device)
-    unit, slots = (common / (2 * height * width * grid_size)) ** 2, min(slots, pixels.shape[1])
+    (height, width), common = coords.size, math.gcd(*coords.size)
+    pixels = coords.index.sort(dim=1)
+    rows = _squared_offsets(height, width // common, grid_size, coords.device)
+    columns = _squared_offsets(width, height // common, grid_size, coords.device)
+    unit = (common / (2 * height * width * grid_size)) ** 2
     places, distances = [], []
-    for node in torch.arange(grid_size**2, device=table.device).split(max(CHUNK // pixels.numel(), 1)):
-        distance = rows[node // grid_size][:, pixels // width] + columns[node % grid_size][:, pixels % width]
-        distance, order = distance.transpose(0, 1).sort(dim=2, stable=True)  # [B, nodes, L]
-        distance, order = distance[..., :slots], order[..., :slots]
-        places.append(table.gather(1, pixels.gather(1, order.flatten(1))).view(order.shape))
-        distances.append(torch.where(distance <= distance[..., k - 1 : k], distance * unit, torch.inf).float())
-    return torch.cat(places, dim=1).long(), torch.cat(distances, dim=1)
+    nodes = torch.arange(grid_size**2, device=coords.device)
+    for node in nodes.split(max(CHUNK // coords.index.numel(), 1)):
+        distance = rows[node // grid_size][:, pixels.values // width]
+        distance = distance + columns[node % grid_size][:, pixels.values % width]  # [nodes, B, L]
+        order = distance.topk(slots, largest=False).indices.sort().values  # back in raster order
+        distance, by_distance = distance.gather(2, order).sort(stable=True)
+        order = order.gather(2, by_distance).transpose(0, 1)  # [B, nodes, slots]
+        distance = distance.transpose(0, 1)
+        taken = distance <= distance[..., k - 1 : k]
+        places.append(pixels.indices.gather(1, order.flatten(1)).view(order.shape).where(taken, 0))
+        distances.append((distance * unit).float().where(taken, torch.inf))
+    return torch.cat(places, dim=1), torch.cat(distances, dim=1)
 
 
 def _knn_weights(coords, grid_size, k, backend):
@@ -91,5 +99,5 @@ def _choose(backend, device):
     """The search that a backend uses on a device; those without one use that of `auto`."""
     if backend == "torch_dense":
         return search_nearest_pixels
-    return next((BACKENDS[name].nearest_pixels for name in AUTO if not BACKENDS[name].obstacle(device, True)),
+    return next((BACKENDS[name].nearest_pixels for name in AUTO if not obstacle(name, device, depthwise=True)),
                 search_nearest_pixels)

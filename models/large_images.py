@@ -1,8 +1,8 @@
-"""Images too large for memory, and windows of them: a sparse block is evaluated on one part of the image after another.
+"""Large images: a sparse block processes one window of the image after another.
 
-A block sees half a kernel around each point. So it is exact on a window if it is given the points of that window and of
-a halo of half a kernel around it; what it returns on the halo is dropped. Features of all points are kept between
-blocks, and max_points bounds what a block holds while it works.
+A block sees half a kernel around each point. So its output on a window is exact if its input also covers a halo of half
+a kernel around the window; the output on the halo is dropped. Features of all points are kept between blocks, and
+max_points bounds the memory that a block needs in addition (docs/method.md, 4.10).
 """
 
 import torch
@@ -11,14 +11,14 @@ from data.coordinates import Coordinates
 from models.blocks import run_block
 from utils.errors import UserError
 
-MOST_WORK = 16  # times the points of the image that its parts, halos included, may have
+MOST_WORK = 16  # largest ratio of the points of all parts, halos included, to those of the image
 
 
 def in_parts(block, x, coords, modulation, max_points):
     """block(x, coords, modulation), with at most max_points points of all images together at a time; None: no limit.
 
-    block   SparseBlock, or a module with the same forward and `halo`
-    Sets of points that are no full image or Window are evaluated at once.
+    block  SparseBlock, or a module with the same forward and `halo`
+    Only full images and Windows are split; other sets of points are processed at once.
     """
     if max_points is None or coords.index.numel() <= max_points or not coords.is_raster:
         return run_block(block, x, coords, modulation)
@@ -33,7 +33,7 @@ def in_parts(block, x, coords, modulation, max_points):
 
 
 def check_max_points(network, image_size, max_points):
-    """UserError if max_points is too few for an image of size (H, W); network: SparseUNet or SparseEncoder."""
+    """Raise UserError if max_points is too few for an image of size (H, W); network: SparseUNet or SparseEncoder."""
     if max_points < image_size[0] * image_size[1]:
         Window.whole(1, image_size).split(network.points_to_grid.blocks[0].halo(image_size), max_points)
 
@@ -44,8 +44,8 @@ class Window(Coordinates):
     image_size      (H, W) of the image
     rows, columns   (first, end) of the rectangle
 
-    `size` is that of the rectangle, and `index`, `table`, `gather` and `scatter` are those of an image of that size;
-    `positions` are the places of its pixels in the whole image.
+    `size`, `index`, `table`, `gather` and `scatter` treat the rectangle as an image. `positions` are those of its
+    pixels in the whole image.
     """
 
     def __init__(self, batch, image_size, rows, columns, device=None):
@@ -59,7 +59,7 @@ class Window(Coordinates):
 
     @classmethod
     def whole(cls, batch, image_size, device=None):
-        """The window that is the image."""
+        """The window that covers the image."""
         return cls(batch, image_size, (0, image_size[0]), (0, image_size[1]), device)
 
     @property
@@ -73,33 +73,33 @@ class Window(Coordinates):
         return grid.flatten(0, 1).expand(self.batch, -1, -1)
 
     def grown(self, halo, within=None):
-        """This window with halo = (rows, columns) more pixels on each side, as far as the window `within` (the image by
-        default) goes."""
+        """This window, larger by halo = (rows, columns) pixels on each side, clipped to the window `within` (by default
+        to the image)."""
         spans = (within.rows, within.columns) if within else ((0, length) for length in self.image_size)
         rows, columns = ((max(first - more, start), min(end + more, stop)) for (first, end), more, (start, stop) in
                          zip((self.rows, self.columns), halo, spans, strict=True))
         return Window(self.batch, self.image_size, rows, columns, self.device)
 
     def within(self, other):
-        """Slices of the rows and columns of `other`, a window that holds this one, at which this one lies."""
+        """Slices of rows and columns that select this window from `other`, a window that contains it."""
         return tuple(slice(first - start, end - start) for (first, end), (start, _) in
                      ((self.rows, other.rows), (self.columns, other.columns)))
 
     def take(self, values, source):
-        """values [B, L, C] at `source`, a window that holds this one -> those at this window, [B, l, C]."""
+        """Select from values [B, L, C] at `source`, a window that contains this one: [B, l, C]."""
         rows, columns = self.within(source)
         return values.unflatten(1, source.size)[:, rows, columns].flatten(1, 2)
 
     def put(self, values, target, out):
-        """Write values [B, l, C] at this window into `out` [B, L, C] at `target`, a window that holds this one."""
+        """Write values [B, l, C] at this window into `out` [B, L, C] at `target`, a window that contains this one."""
         rows, columns = self.within(target)
         out.unflatten(1, target.size)[:, rows, columns] = values.unflatten(1, self.size)
 
     def split(self, halo, most):
-        """Windows that partition this one, each of which has at most `most` pixels when grown by the halo.
+        """Partition into windows that have at most `most` pixels each, halo included.
 
-        Chooses the grid of equal windows with the fewest pixels, halos included. Raises UserError if those are more
-        than MOST_WORK times the pixels of this window.
+        Choose the grid of equal windows with the fewest pixels, halos included. Raises UserError if they are more than
+        MOST_WORK times the pixels of this window.
         """
         (height, width), best = self.size, None
         for across in range(1, width + 1):

@@ -8,12 +8,13 @@ from models.blocks import TimeEmbedding
 
 
 class MLPSkipNet(nn.Module):
-    """MLP that sees the noisy latent again at the input of every layer (METHOD 4; Preechakul et al. 2022).
+    """MLP that takes the noisy latent again at the input of every layer (docs/method.md, 4.8; Preechakul et al. 2022).
 
     z_dim         length of a latent
     hidden_dim    width of the hidden layers
-    num_layers    layers in all, at least 2; the last one is a plain Linear to z_dim
-    time_emb_dim  number of sinusoidal features of t (even)
+    num_layers    number of layers, at least 2; the last one is a plain Linear to z_dim
+    time_emb_dim  number of sinusoidal features of t, even
+    dropout       probability of dropping a feature
     """
 
     def __init__(self, z_dim, hidden_dim, num_layers, time_emb_dim, dropout=0.0):
@@ -24,7 +25,7 @@ class MLPSkipNet(nn.Module):
         self.out = nn.Linear(hidden_dim + z_dim, z_dim)
 
     def forward(self, z, t):
-        """z [B, z_dim], t [B] in [0, 1000) -> [B, z_dim], of the dtype of z."""
+        """z [B, z_dim], t [B] in [0, 1000) -> [B, z_dim], in the dtype of z."""
         time = F.gelu(self.time(t))
         h = self.layers[0](z, time)
         for layer in self.layers[1:]:

@@ -1,7 +1,7 @@
 """Trained models from the files of a run: EMA weights, in eval mode, ready for sampling.
 
-Their parameters go on requiring gradients, though sampling computes none: autocast keeps what it has cast of such ones
-alone, and would cast others anew in every evaluation. Who differentiates in something else turns that off.
+Their parameters keep requires_grad, because autocast caches its casts of such parameters only. Disable it to
+differentiate with respect to an input.
 """
 
 from torch import nn
@@ -20,17 +20,17 @@ from utils.errors import UserError
 
 
 def autoencoder_path(config):
-    """File that a stage-1 run is sampled from: its newest checkpoint, or weights.safetensors where there is none."""
+    """The file to sample a stage-1 run from: its newest checkpoint, otherwise its safetensors file."""
     return _first_there(run_dir(config) / "checkpoint.pt", run_dir(config) / "weights.safetensors")
 
 
 def latent_path(config):
-    """File that a stage-2 run is sampled from: its best checkpoint by held-out loss, or latent_weights.safetensors."""
+    """The file to sample a stage-2 run from: its best checkpoint by held-out loss, otherwise its safetensors file."""
     return _first_there(run_dir(config) / "best_latent_checkpoint.pt", run_dir(config) / "latent_weights.safetensors")
 
 
 def load_autoencoder(config, device):
-    """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run; UserError where its file does not fit the config."""
+    """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run. Raises UserError if they do not fit the config."""
     modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config)})
     _load(modules, config, autoencoder_path(config), "autoencoder")
     return modules.to(device).eval()
@@ -39,22 +39,22 @@ def load_autoencoder(config, device):
 def load_latent_model(config, device, encoder):
     """(latent model, mean [Z], std [Z]) of a stage-2 run, from its best checkpoint by held-out loss.
 
-    mean and std are those of the training latents: z · std + mean brings samples to the encoder's units.
-    UserError where it was trained on latents of another encoder than this one.
+    mean and std are those of the training latents; z · std + mean maps samples to the encoder's units. Raises UserError
+    if the model was trained on latents of another encoder.
     """
     modules = nn.ModuleDict({"latent_model": build_latent_model(config)})
     facts = _load(modules, config, latent_path(config), "latent")
     if facts["encoder"] != digest(encoder.state_dict()):
         raise UserError(f"{latent_path(config)} was trained on latents of another encoder than that of "
-                        "--decoder_config; train the latent model again, in another run.experiment (or, where a "
-                        "damaged checkpoint was passed over, train the autoencoder to where it was)")
+                        "--decoder_config; train the latent model again, with another run.experiment (or, if a "
+                        "damaged checkpoint was skipped, train the autoencoder to the same step again)")
     return modules["latent_model"].to(device).eval(), facts["mean"].to(device), facts["std"].to(device)
 
 
 def load_trained(path, kind, config):
-    """What a file of autoencoder_path or latent_path holds, of which "ema", "config" and "facts" are always there.
+    """Contents of a file of autoencoder_path or latent_path: at least "ema", "config" and "facts".
 
-    UserError where it is of another kind, or of another architecture than that of `config`.
+    Raises UserError if it is of another kind, or of another architecture than `config`.
     """
     if path.suffix == ".safetensors":
         saved = load_weights_file(path, kind)
@@ -71,6 +71,6 @@ def _load(modules, config, path, kind):
 
 
 def _first_there(checkpoint, weights):
-    """The checkpoint, or the newest before it where it is gone, or the file of weights; if nothing is, the first."""
+    """The first file that exists: the checkpoint, older ones, the weights. If none does, the checkpoint."""
     found = [path for path in (checkpoint, *older_checkpoints(checkpoint).values(), weights) if path.exists()]
     return found[0] if found else checkpoint

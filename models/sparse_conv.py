@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from scipy.fft import next_fast_len
 
-from models.kernels import AUTO, BACKENDS
+from models.kernels import AUTO, BACKENDS, obstacle
 from utils.errors import UserError
 
 NAMES = ("torch_dense", *BACKENDS)
-# From so many taps on the dense form takes FFTs. On two CPU cores at 256² pixels and 64 channels: 29² taps 27 ms by
-# F.conv2d and 31 ms by FFT, 57² taps 118 and 43 ms.
+# The dense form uses FFTs for at least this many taps. On two CPU cores, at 256² pixels and 64 channels: 29² taps 27 ms
+# by F.conv2d and 31 ms by FFT, 57² taps 118 and 43 ms.
 FFT_TAPS = 33**2
-FFT_CHUNK = 2**20  # values taken to Fourier space at a time, which bounds the memory
+FFT_CHUNK = 2**20  # values transformed at a time, to bound the memory
 
 
 def sparse_conv(features, weight, coords, backend="auto"):
@@ -25,8 +25,8 @@ def sparse_conv(features, weight, coords, backend="auto"):
     weight    [kh, kw, C] depthwise, or [kh, kw, C, D] full; kh and kw odd. weight[i, j] multiplies the neighbour at row
               offset i - kh // 2 and column offset j - kw // 2, a cross-correlation as in F.conv2d
     coords    data.coordinates.Coordinates of the L points
-    backend   torch_dense, a name of models.kernels.BACKENDS, or auto
-    Returns [B, L, C] or [B, L, D], in the dtype of the features. Raises UserError if the backend cannot be used,
+    backend   auto, torch_dense or a name in models.kernels.BACKENDS
+    Returns [B, L, C] or [B, L, D] in the dtype of the features. Raises UserError if the backend cannot be used, and
     ValueError for wrong shapes.
     """
     if features.shape[:2] != coords.index.shape:
@@ -44,9 +44,9 @@ def sparse_conv(features, weight, coords, backend="auto"):
 
 
 def dense_neighbour_sum(features, weight, coords):
-    """The neighbour sum as a convolution of the image, in which absent pixels are zeros: the portable reference.
+    """The neighbour sum in plain PyTorch: a convolution of the image, with zeros for absent pixels.
 
-    Its cost does not depend on how many pixels are present.
+    Its cost does not depend on the number of points.
     """
     kh, kw, channels = weight.shape[:3]
     depthwise = weight.dim() == 3
@@ -60,7 +60,7 @@ def dense_neighbour_sum(features, weight, coords):
 
 
 def neighbour_counts(coords, kernel_size):
-    """Number of points in the window (kh, kw) around each point, itself included: |N(c)|, float32 [B, L], integers."""
+    """|N(c)|, the number of points in the window (kh, kw) around each point, itself included: float32 [B, L]."""
     return coords.cached(("neighbour counts", tuple(kernel_size)), lambda: _neighbour_counts(coords, *kernel_size))
 
 
@@ -73,9 +73,9 @@ def _neighbour_counts(coords, kh, kw):
 
 
 def fft_depthwise(image, weight):
-    """F.conv2d of image [B, C, H, W] with zeros around it and one kernel per channel, weight [kh, kw, C]: [B, C, H, W].
+    """Depthwise convolution by FFT: image [B, C, H, W], weight [kh, kw, C] -> [B, C, H, W], as F.conv2d with padding.
 
-    Computed by FFT in float32, or float64 for a float64 image, and returned in that precision.
+    Computes in float32, or float64 for a float64 image, and returns that dtype.
     """
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     channels = max(FFT_CHUNK // image[:, 0].numel(), 1)
@@ -86,10 +86,10 @@ def fft_depthwise(image, weight):
 
 def _fft_depthwise(image, weight):
     size, taps = image.shape[-2:], weight.shape[:2]
-    # the image and half a kernel of zeros, which both of its ends share
+    # The image and half a kernel of zeros, which serves as the padding of both ends.
     padded = [next_fast_len(max(length + k // 2, k), real=True) for length, k in zip(size, taps, strict=True)]
     kernel = F.pad(weight.permute(2, 0, 1), (0, padded[1] - taps[1], 0, padded[0] - taps[0]))
-    kernel = kernel.roll([-(k // 2) for k in taps], dims=(1, 2))  # the middle tap to the corner
+    kernel = kernel.roll([-(k // 2) for k in taps], dims=(1, 2))  # the centre tap to the corner
     spectrum = torch.fft.rfft2(image.contiguous(), s=padded) * torch.fft.rfft2(kernel).conj()
     return torch.fft.irfft2(spectrum, s=padded)[..., : size[0], : size[1]]
 
@@ -102,17 +102,17 @@ def available_backends():
 def resolve_backend(name, device, depthwise):
     """The backend that `name` stands for: torch_dense, a name of models.kernels.BACKENDS, or auto.
 
-    device     torch.device of the features, or None if it is not known yet
+    device     torch.device of the features; None: not known yet
     depthwise  whether the weight is [kh, kw, C]
-    Raises UserError if there is no such backend, or it cannot be used here.
+    Raises UserError if the backend does not exist or cannot be used here.
     """
     if name == "auto":
-        return next((other for other in AUTO if not BACKENDS[other].obstacle(device, depthwise)), "torch_dense")
+        return next((other for other in AUTO if not obstacle(other, device, depthwise)), "torch_dense")
     if name not in NAMES:
         raise UserError(f"model.backend={name!r} is not one of auto, {', '.join(NAMES)}; use auto")
-    reason = "" if name == "torch_dense" else BACKENDS[name].obstacle(device, depthwise)
+    reason = "" if name == "torch_dense" else obstacle(name, device, depthwise)
     if reason:
-        usable = [other for other in BACKENDS if not BACKENDS[other].obstacle(device, depthwise)]
+        usable = [other for other in BACKENDS if not obstacle(other, device, depthwise)]
         raise UserError(f"model.backend={name!r} cannot be used: {reason}; usable here: "
                         f"{', '.join(['auto', 'torch_dense', *usable])}")
     return name
@@ -123,7 +123,7 @@ def _choose(backend, features, weight, coords):
     name = resolve_backend(backend, features.device, weight.dim() == 3)
     large = weight.dim() == 3 and math.prod(weight.shape[:2]) >= FFT_TAPS  # FFTs are faster than any loop
     rounds = features.dtype == torch.float64 and name != "numba"
-    # On a CPU a dense convolution of all pixels is twice as fast as the loop forward, and slower backward.
+    # On a CPU and all pixels, a dense convolution is twice as fast as the loop forward, but slower backward.
     dense = name == "numba" and coords.is_raster and not torch.is_grad_enabled()
     if name == "torch_dense" or large or rounds or dense:
         return dense_neighbour_sum

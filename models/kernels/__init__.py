@@ -1,4 +1,4 @@
-"""Fast kernels of two operations, the neighbour sum of the operator K and the nearest pixels, in one table.
+"""Fast kernels for two operations, the neighbour sum of the operator K and the search for nearest pixels, in one table.
 
 Everything else in the networks is PyTorch. `models/sparse_conv.py` and `models/interpolation.py` read this table and
 hold the plain PyTorch forms, which model.backend=torch_dense selects.
@@ -6,6 +6,8 @@ hold the plain PyTorch forms, which model.backend=torch_dense selects.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from models.kernels import cpu, gpu, spconv, torchsparse
 
@@ -18,7 +20,7 @@ class Backend:
     unavailable_reason  (depthwise) -> why they cannot be used here and what to do, "" if they can
     neighbour_sum       (features [B, L, C], weight, coords) -> [B, L, C or D]: sum over taps of weight[tap] h(p + tap)
     depthwise           whether neighbour_sum also takes weights [kh, kw, C], and not only [kh, kw, C, D]
-    nearest_pixels      (table, size, grid_size, k, slots), see models.interpolation; None: plain PyTorch
+    nearest_pixels      (coords, grid_size, k, slots), see models.interpolation; None: plain PyTorch
     """
 
     devices: tuple
@@ -26,14 +28,6 @@ class Backend:
     neighbour_sum: Callable
     depthwise: bool = True
     nearest_pixels: Callable | None = None
-
-    def obstacle(self, device, depthwise):
-        """Why this backend cannot be used on a device (None: any) for such weights; "" if it can."""
-        if depthwise and not self.depthwise:
-            return "it has no depthwise kernels (model.depthwise_sparse=True)"
-        if device is not None and device.type not in self.devices:
-            return f"the model is on {device.type}, and it runs on {' or '.join(self.devices)}"
-        return self.unavailable_reason(depthwise)
 
 
 BACKENDS = {
@@ -43,3 +37,14 @@ BACKENDS = {
     "spconv": Backend(("cpu", "cuda"), spconv.unavailable_reason, spconv.neighbour_sum, depthwise=False),
 }
 AUTO = ("numba", "triton")  # what model.backend=auto tries, before plain PyTorch
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace how packages are found
+def obstacle(name, device, depthwise):
+    """Why a backend cannot be used on a device (None: any) for weights of this kind, and what to do; "" if it can."""
+    backend = BACKENDS[name]
+    if depthwise and not backend.depthwise:
+        return "it has no depthwise kernels (model.depthwise_sparse=True)"
+    if device is not None and device.type not in backend.devices:
+        return f"the model is on {device.type}, and it runs on {' or '.join(backend.devices)}"
+    return backend.unavailable_reason(depthwise)

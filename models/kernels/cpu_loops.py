@@ -45,8 +45,8 @@ def list_neighbours(index, table, kernel_size, start, near, tap):
     """near and tap [start[p] ... start[p + 1] - 1]: the points in the window of point p, and their taps, in raster
     order.
 
-    index int64 [B, L] in raster order of the image; table int32 [B, H + kh - 1, W + kw - 1], the place of each pixel or
-    -1; near and tap have room for one entry more than there are pairs.
+    index int64 [B, L]; table int32 [B, H + kh - 1, W + kw - 1], the place of each pixel, or -1 for absent pixels and
+    for the margin.
     """
     (batch, points), (kh, kw) = index.shape, kernel_size
     width = table.shape[2] - kw + 1
@@ -56,7 +56,7 @@ def list_neighbours(index, table, kernel_size, start, near, tap):
         pair, last = start[p], start[p + 1]
         for i in range(kh):
             for j in range(kw):
-                if pair == last:  # what follows belongs to the next point
+                if pair == last:  # further entries belong to the next point
                     break
                 found = table[image, row + i, column + j]
                 near[u64(pair)] = image * points + found  # written even if absent: a branch would be mispredicted

@@ -1,7 +1,7 @@
 """Kernels for GPUs, written in Triton: models/kernels/gpu_kernels.py.
 
 Features are float32, float16 or bfloat16, and so is the result. Sums are taken in float32, in a fixed order. Full
-weights are multiplied by tensor cores: in the features' half precision, or in TF32 if PyTorch may use it for products.
+weights are multiplied by tensor cores, in the half precision of the features or, if PyTorch allows it, in TF32.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, in Python: for tests.
 """
@@ -16,20 +16,20 @@ import subprocess
 import torch
 import torch.nn.functional as F
 
-from models.kernels.autograd import define_operator
+from models.kernels.operators import define_nearest_pixels, define_neighbour_sum
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 # Block sizes. With four warps none of the kernels spills registers on an A100 or H100.
 POINTS, CHANNELS = 32, 64  # depthwise
-SIDE = {2: 64, 4: 32}  # of the blocks of a matrix product, by the bytes of a factor
-PARTS = {"depthwise": 256, "full": 32}  # of the points, in the gradient of the weight; times kh · kw programs
-REACH = 7  # pixels around a node that the search for its nearest pixels reads first
-PIXELS = 256  # pixels read at a time by the nodes that find too few there
+SIDE = {2: 64, 4: 32}  # of the blocks of a matrix product, by the bytes per number
+PARTS = {"depthwise": 256, "full": 32}  # of the points, each with kh · kw programs, in the gradient of the weight
+REACH = 7  # the search for nearest pixels reads the window of so many pixels on each side of a node
+PIXELS = 256  # pixels read at a time where that is too few, and the whole image is searched
 
 
 @functools.cache
-def unavailable_reason(depthwise=True):
+def unavailable_reason(depthwise):
     """Why the kernels cannot be used here and what to do; "" if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it comes with PyTorch for Linux); use model.backend=auto"
@@ -52,15 +52,20 @@ def unavailable_reason(depthwise=True):
 def neighbour_sum(features, weight, coords):
     """sum over taps of weight[tap] h(p + tap): features [B, L, C], weight [kh, kw, C] or [kh, kw, C, D] ->
     [B, L, C or D], in the dtype of the features."""
-    return _operator(features, weight, _geometry(coords, weight.shape[:2]))
+    return _neighbour_sum(features, weight, _geometry(coords, weight.shape[:2]))
+
+
+def nearest_pixels(coords, grid_size, k, slots):
+    """See models.interpolation.nearest_pixels: (place int64, squared distance float32), both [B, G², slots]."""
+    return _nearest_pixels(coords.table, *coords.size, grid_size, k, slots)
 
 
 def _geometry(coords, kernel_size):
-    """What the kernels know of the coordinates, kept on them: [position, table].
+    """The geometry that the kernels need, cached on the coordinates: [position, table].
 
     table      int32 [B, H + kh - 1, W + kw - 1]: the point of each pixel, numbered through the batch, or -1 for absent
                pixels and for the margin, so that kernels need no test for the border
-    position   int32 or int64 [B, L]: where each point is in the flattened table
+    position   int32 or int64 [B, L]: index of each point in the flattened table
     """
     return coords.cached(("padded table", *kernel_size), lambda: _pad_table(coords, *kernel_size))
 
@@ -76,7 +81,7 @@ def _pad_table(coords, kh, kw):
     return [position.to(dtype, memory_format=torch.contiguous_format), table]
 
 
-def _neighbour_sum(features, weight, position, table):
+def _launch_neighbour_sum(features, weight, position, table):
     kh, kw, inputs, outputs = *weight.shape[:3], weight.shape[-1]
     out = features.new_empty(*position.shape, outputs)
     sizes = position.numel(), table.shape[2]
@@ -96,7 +101,7 @@ def _neighbour_sum(features, weight, position, table):
     return out
 
 
-def _weight_gradient(features, grad, weight, position, table):
+def _launch_weight_gradient(features, grad, weight, position, table):
     kh, kw, *channels = weight.shape
     if weight.dim() == 3:
         kind, kernel, side = "depthwise", _kernels().depthwise_weight_gradient, POINTS
@@ -118,34 +123,18 @@ def _weight_gradient(features, grad, weight, position, table):
     return partial.sum(0).to(weight.dtype)
 
 
-_operator = define_operator("triton_neighbour_sum", ("cuda", "cpu"), _neighbour_sum, _weight_gradient)
-
-
-def nearest_pixels(table, size, grid_size, k, slots):
-    """See models.interpolation.nearest_pixels: (place int64, squared distance float32), both [B, G², slots]."""
-    return _nearest(table, *size, grid_size, k, slots)
-
-
-def _search(table: torch.Tensor, height: int, width: int, grid_size: int, k: int, slots: int) -> tuple[
-        torch.Tensor, torch.Tensor]:
-    place = torch.zeros(len(table), grid_size**2, slots, dtype=torch.int64, device=table.device)
-    squared_distance = torch.full(place.shape, torch.inf, device=table.device)
+def _launch_search(table, height, width, grid_size, k, place, squared_distance):
     common = math.gcd(height, width)
     units = width // common, height // common, 2 * height * width * grid_size // common
     with torch.cuda.device_of(table):
         _kernels().nearest[(len(table) * grid_size**2,)](
-            table.contiguous(), place, squared_distance, height, width, *units, grid_size, k, slots, REACH,
+            table, place, squared_distance, height, width, *units, grid_size, k, place.shape[2], REACH,
             _block(2 * REACH + 1, 2**10), PIXELS, num_warps=1)
-    return place, squared_distance
 
 
-_nearest = torch.library.custom_op("infty_diff::triton_nearest", _search, mutates_args=(), device_types=("cuda", "cpu"))
-
-
-@_nearest.register_fake
-def _(table, height, width, grid_size, k, slots):
-    place = table.new_empty(len(table), grid_size**2, slots, dtype=torch.int64)
-    return place, torch.empty_like(place, dtype=torch.float32)
+_neighbour_sum = define_neighbour_sum(
+    "triton_neighbour_sum", ("cuda", "cpu"), _launch_neighbour_sum, _launch_weight_gradient)
+_nearest_pixels = define_nearest_pixels("triton_nearest_pixels", ("cuda", "cpu"), _launch_search)
 
 
 def _kernels():
@@ -155,27 +144,27 @@ def _kernels():
 
 
 def _factors(first, second):
-    """Both factors of matrix products, contiguous, in the dtype of the first; the interpreter has no bfloat16."""
+    """Both factors of matrix products, contiguous, in the dtype of the first. The interpreter has no bfloat16."""
     dtype = torch.float32 if INTERPRETED else first.dtype
     return first.to(dtype).contiguous(), second.to(dtype).contiguous()
 
 
 def _precision():
-    """How matrix products of float32 are computed."""
-    matmul = torch.backends.cuda.matmul  # since PyTorch 2.9 the older of these raises if the newer one was set
+    """The precision of float32 matrix products, as set in PyTorch."""
+    matmul = torch.backends.cuda.matmul  # since PyTorch 2.9 reading the older setting raises if the newer one was set
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
 def _stages(features):
-    """Loop iterations in flight. Triton 3.2 (PyTorch 2.6) fails to compile more than one with float32 products."""
+    """Stages of the software pipeline. Triton 3.2 (PyTorch 2.6) cannot compile more than one with float32 products."""
     import triton  # imported on demand: it may be missing
 
     return 1 if features.element_size() == 4 and triton.__version__.startswith("3.2.") else 3
 
 
 def _block(channels, most, least=1):
-    """Channels of a program: a power of two; a matrix product takes no less than 16."""
+    """Channels per program, a power of two; matrix products need at least 16."""
     return max(min(1 << (channels - 1).bit_length(), most), least)
 
 

@@ -5,15 +5,15 @@ The neighbour sum and its gradient in the weight:
     (S h)(p) = sum over taps of weight[tap] h(p + tap), over the points that exist
     dκ[tap]  = sum over points p of h(p + tap) g(p)ᵀ
 
-A program owns a block of points and of channels and goes through the window one tap at a time: the table says which
-points lie there, and their features are loaded, mostly from cache, because the windows of neighbours overlap. Every
-result is written once, by one program, and nothing is added atomically: the same input gives the same bits.
+A program owns a block of points and of channels, and loops over the taps of the window. At each tap it looks up the
+points in the table and loads their features, mostly from cache, because the windows of neighbours overlap. One program
+writes each result, without atomic additions, so that results are bit-identical between runs.
 
-    features, grad   [N, channels], contiguous; the points of all images are numbered through
+    features, grad   [N, channels], contiguous; N counts the points of all images
     weight           [kh · kw, C] or [kh · kw, C, D], contiguous
     position, table  models.kernels.gpu._geometry; stride is the width of the table
 
-Sums are taken in float32. Blocks need not divide anything: what lies beyond an edge is masked.
+Sums are taken in float32. Sizes need not be multiples of blocks: entries beyond an edge are masked.
 """
 
 import triton
@@ -24,7 +24,7 @@ FAR = tl.constexpr(2**62)  # further than any pixel: squared distances are integ
 
 @triton.jit
 def neighbours(tap, table, position, exists, stride, KH: tl.constexpr, KW: tl.constexpr):
-    """(the points, int64, that a block of points sees at a tap, which of them exist)."""
+    """(int64 points that a block of points sees at a tap, mask of those that exist)."""
     near = tl.load(table + position + (tap // KW - KH // 2) * stride + tap % KW - KW // 2, mask=exists, other=-1)
     return near.to(tl.int64), near >= 0
 
@@ -84,10 +84,10 @@ def depthwise_weight_gradient(
     features, grad, position, table, out, points, stride, channels, span,
     KH: tl.constexpr, KW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[part, tap] = what points part · span ... (part + 1) · span - 1 add to dκ[tap]; float32 [parts, kh · kw, C].
+    """out[part, tap] = terms of points part · span ... (part + 1) · span - 1 in dκ[tap], float32 [parts, kh · kw, C].
 
-    The parts are added up afterwards, in order. Programs: parts and taps, blocks of channels. The taps of a part run
-    side by side and so find its points in the cache.
+    The parts are summed afterwards, in order. Programs: parts and taps, blocks of channels. The taps of a part run
+    side by side, so that its points stay in the cache.
     """
     part, tap = tl.program_id(0) // (KH * KW), tl.program_id(0) % (KH * KW)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -130,7 +130,7 @@ def nearest(
     table, place, squared_distance, height, width, row_unit, column_unit, scale, G: tl.constexpr, K: tl.constexpr,
     SLOTS: tl.constexpr, REACH: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The nearest pixels of one node, a program each: among the pixels within REACH of it, or else among all.
+    """The nearest pixels of one node per program, among the pixels within REACH of it if that is enough, or else all.
 
     table             int32 [B, H · W]
     place             int64 [B · G², SLOTS], squared_distance float32, likewise: written for the K nearest pixels and

@@ -7,7 +7,7 @@ It has no depthwise kernels and no bfloat16: features are widened to float32, an
 import torch
 
 
-def unavailable_reason(depthwise=False):
+def unavailable_reason(depthwise):
     """Why spconv cannot be used here and what to do; "" if it can."""
     try:
         import spconv.pytorch  # noqa: F401  # imported on demand: it takes seconds, and may be missing

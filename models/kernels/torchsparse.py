@@ -18,7 +18,7 @@ OTHERWISE = "use model.backend=triton or auto"
 
 
 @functools.cache
-def unavailable_reason(depthwise=False):
+def unavailable_reason(depthwise):
     """Why torchsparse cannot be used here and what to do; "" if it can."""
     try:
         from torchsparse.nn.functional import conv3d
