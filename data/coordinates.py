@@ -1,4 +1,4 @@
-"""Which pixels of an image are present: the geometry that every layer shares.
+"""The pixels of an image that are present: the geometry that every layer shares (docs/method.md, 1).
 
 Pixel i of an axis of length R sits at its centre, (i + 0.5) / R.
 """
@@ -19,8 +19,8 @@ class Coordinates:
     index   int64 [B, L], raster order row * W + column, distinct within an image, in any order
     size    (H, W)
 
-    What a layer derives from the geometry (lookup table, neighbour counts, interpolation weights) is computed when
-    first asked for and kept here with `cached`, so that it is computed once per batch and never per block.
+    Layers derive lookup tables, neighbour counts and interpolation weights from the geometry. `cached` computes each on
+    first use and keeps it here: once per batch, not once per block.
     """
 
     def __init__(self, index, size):
@@ -42,22 +42,24 @@ class Coordinates:
 
     @classmethod
     def _trusted(cls, index, size, cache=None, raster=False):
-        """Without the checks of __init__, which would make a GPU wait."""
+        """Skips the checks of __init__, which would synchronise with the GPU."""
         coords = cls.__new__(cls)
         coords._set(index, size, {} if cache is None else cache, raster)
         return coords
 
     @classmethod
     def full(cls, batch, size, device=None):
-        """Every pixel, in raster order. Its geometry is kept between calls with the same arguments."""
+        """Every pixel, in raster order. Calls with the same arguments share one cached geometry."""
         return _full(batch, tuple(size), torch.device(device or "cpu"))
 
     @classmethod
     def random(cls, batch, size, num_points, kind="uniform", generator=None, device=None):
-        """A random subset of `num_points` distinct pixels per image, sorted in raster order, drawn on `device`.
+        """A random subset of `num_points` distinct pixels per image, in raster order, drawn on `device`.
+
+        docs/method.md, 1.2.
 
         kind        uniform     without replacement
-                    halton      a randomly shifted Halton sequence in bases 2 and 3; repeated pixels are passed over
+                    halton      a randomly shifted Halton sequence in bases 2 and 3, without repeated pixels
                     stratified  one pixel from each of num_points cells partitioning the image (shifted, jittered grid)
         generator   one torch.Generator, or a list of one per image (utils.rng.sample_generators)
         """
@@ -88,22 +90,22 @@ class Coordinates:
 
     @property
     def image_size(self):
-        """(H, W) of the image that positions are places in: `size`, a larger one for a models.large_images.Window."""
+        """(H, W) of the image that positions refer to: `size`, or the whole image for a models.large_images.Window."""
         return self.size
 
     @property
     def is_full(self):
-        """Every pixel of the image is present (in any order)."""
+        """True if every pixel of the image is present, in any order."""
         return self.num_points == self.size[0] * self.size[1]
 
     @property
     def is_raster(self):
-        """Every pixel is present and in raster order, so that [B, L, C] is an image in memory."""
+        """True if every pixel is present in raster order, so that [B, L, C] is an image in memory."""
         return self._raster
 
     @property
     def positions(self):
-        """Centres of the pixels, float32 [B, L, 2], (x, y) in [0, 1]."""
+        """Pixel centres, float32 [B, L, 2], (x, y) in [0, 1]."""
         return self.cached("positions", self._positions)
 
     def _positions(self):
@@ -114,7 +116,7 @@ class Coordinates:
 
     @property
     def table(self):
-        """Lookup table int32 [B, H * W]: the place of a pixel in `index`, or -1 where it is absent."""
+        """Lookup table int32 [B, H * W]: the position of each pixel in `index`, or -1 if it is absent."""
         return self.cached("table", self._table)
 
     def _table(self):
@@ -151,11 +153,11 @@ def _full(batch, size, device):
 
 
 def _smallest(score, count):
-    """Places of the `count` smallest scores of each row, in ascending order of place."""
-    if score.device.type == "cpu":  # a third of the time of what follows
+    """Columns of the `count` smallest scores of each row, in ascending order."""
+    if score.device.type == "cpu":  # takes a third of the time of topk
         bound = torch.from_numpy(np.partition(score.numpy(), count - 1, axis=1)[:, count - 1, None])
         smallest = (score <= bound).nonzero()[:, 1]
-        if len(smallest) == count * len(score):  # else several scores are equal to a bound
+        if len(smallest) == count * len(score):  # otherwise several scores equal a bound
             return smallest.view(len(score), count)
     return score.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
 
@@ -176,7 +178,7 @@ def _halton_points(count, device):
 
 
 def _halton_order(batch, size, num_points, generator, device):
-    """When the shifted sequence first visits each pixel, [B, H * W]; pixels it never reaches come last, shuffled."""
+    """Time of the shifted sequence's first visit to each pixel, [B, H * W]; unvisited pixels come last, shuffled."""
     height, width = size
     length = 4 * num_points
     draws = rand((batch, 2 + height * width), generator, device)
@@ -190,10 +192,10 @@ def _halton_order(batch, size, num_points, generator, device):
 
 @functools.lru_cache(maxsize=8)
 def _cells(size, num_points, device):
-    """Cells that partition an image: their bounds (top, bottom, left, right), each int64 [num_points], and whether all
-    have the same area.
+    """Partition of an image into cells: ((top, bottom, left, right), each int64 [num_points]; True if areas are equal).
 
-    Bands of rows, as many as make the cells nearly square; each band is cut into its share of the cells.
+    The image is cut into bands of rows, and each band into its share of the cells. The number of bands makes the cells
+    nearly square.
     """
     height, width = size
     bands = round((num_points * height / width) ** 0.5)
@@ -208,13 +210,15 @@ def _cells(size, num_points, device):
 
 
 def _stratified(batch, size, num_points, generator, device):
-    """One pixel from each cell. Where cells differ in area, they are shifted together by a random number of pixels,
-    around the edges: without that, a pixel of a small cell would be drawn up to 4 times as often as others.
+    """One pixel from each cell, int64 [B, num_points].
+
+    Cells of unequal area are shifted together, cyclically, by a random number of pixels. Otherwise the pixels of small
+    cells would be drawn up to 4 times as often as others.
     """
     draws = rand((batch, 2, num_points + 1), generator, device)
     draws, shift = draws[..., :-1], draws[..., -1:]
     (top, bottom, left, right), alike = _cells(size, num_points, draws.device)
-    # in float32 the largest draw times a cell's side can round up to the side itself
+    # in float32 the product can round up to the side of the cell
     row = torch.minimum(top + (draws[:, 0] * (bottom - top)).long(), bottom - 1)
     column = torch.minimum(left + (draws[:, 1] * (right - left)).long(), right - 1)
     if not alike:

@@ -1,5 +1,6 @@
-"""From an encoded image to a uint8 tensor of the wanted size."""
+"""Image files: finding them in a folder, and reading them as 8-bit tensors."""
 
+import os
 import struct
 import zlib
 
@@ -7,20 +8,49 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# Everything that Pillow raises for a file which is no image, is cut short, or is a decompression bomb.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# Pillow's exceptions for a file that is not an image, is truncated or damaged, or is a decompression bomb.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, RuntimeError, MemoryError,
+              struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def list_images(folder, suffixes=SUFFIXES):
+    """Sorted paths, relative to `folder`, of the images in it and in the folders below. Hidden files are skipped."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in files
+                  if name.lower().endswith(suffixes) and not name.startswith(".")]
+    return sorted(found)
+
+
+def read_image(source, channels=None):
+    """One image as uint8 [C, H, W], turned as its EXIF orientation says.
+
+    source    path, or binary file object
+    channels  1 (grey) or 3 (RGB); None: 1 if the file is grey, else 3
+    Raises one of UNREADABLE if Pillow cannot read it.
+    """
+    return to_tensor(_open(source, channels))
 
 
 def load_image(source, size, channels):
-    """One image as uint8 [C, H, W].
+    """Like `read_image`, but cropped about the centre to the aspect ratio of size (H, W), then resized with Lanczos."""
+    return to_tensor(fit(_open(source, channels), size))
 
-    source    path, or binary file object
-    size      (H, W); the image is cropped to this aspect ratio about its centre, then resized with Lanczos
-    channels  1 (grey) or 3 (RGB)
-    Raises one of UNREADABLE where Pillow cannot read it.
-    """
+
+def image_size(source):
+    """(H, W) of what `read_image` returns, from the file's header alone. Raises one of UNREADABLE."""
     with Image.open(source) as image:
-        return to_tensor(fit(to_mode(ImageOps.exif_transpose(image), channels), size))
+        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()  # which would decode a PNG
+        sideways = exif.get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _open(source, channels):
+    with Image.open(source) as image:
+        return to_mode(ImageOps.exif_transpose(image), channels or (1 if image.mode == "L" else 3))
 
 
 def to_mode(image, channels):
@@ -35,7 +65,7 @@ def to_mode(image, channels):
 def fit(image, size):
     """Crop a Pillow image about its centre to the aspect ratio of size (H, W), then resize it with Lanczos.
 
-    Cropping comes first, so that no pixel outside the crop enters through the support of the filter.
+    Cropping first keeps pixels outside the crop out of the filter's support.
     """
     height, width = size
     scale = min(image.width / width, image.height / height)

@@ -1,4 +1,4 @@
-"""The training set of the latent model: every image, with its mirror image, encoded once and kept on disk."""
+"""The training set of the latent model: every image and its mirror image, encoded once and cached on disk."""
 
 import hashlib
 import time
@@ -13,12 +13,15 @@ from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.shutdown import Stopped, StopRequest, exit_code
 
-SAVE_SECONDS = 60  # between two times that what is encoded so far is written
+SAVE_SECONDS = 60  # between two writes of the latents encoded so far
 
 
 @dataclass
 class Latents:
-    """Standardised latents float32 [N, Z], and the statistics [Z] of the training ones: z · std + mean undoes it."""
+    """Standardised latents float32 [N, Z], and mean and std [Z] of the training latents; z · std + mean undoes it.
+
+    docs/method.md, 4.8.
+    """
 
     train: torch.Tensor
     heldout: torch.Tensor
@@ -27,18 +30,18 @@ class Latents:
 
 
 def latents_key(encoder, dtype, *datasets):
-    """Text that changes when the latents would: from the weights, the arithmetic and the data."""
+    """Hexadecimal digest of all that latents depend on: the weights, the arithmetic and the data."""
     parts = [digest(encoder.state_dict()), str(dtype), *(dataset.fingerprint() for dataset in datasets)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, num_workers=0):
-    """Latents of both sets and, where a data set `flips`, their mirror images, from the cache at `path` if it has the
-    key, else encoded anew, by each process a part.
+    """Latents of both sets and, if a data set `flips`, of their mirror images.
 
-    key       of latents_key
-    encode    images [B, C, H, W] -> latents [B, Z]
-    A run that is killed goes on from what it had saved; one that is asked to stop saves and raises Stopped.
+    They come from the cache at `path` if it was written under `key` (of latents_key); otherwise every rank encodes a
+    part of them. encode maps images [B, C, H, W] to latents [B, Z].
+    A killed run continues from the latents that it had saved. On a signal to stop, they are saved and Stopped is
+    raised.
     """
     saved = _read(path, key)
     if distributed.any_rank(saved is None):
@@ -52,12 +55,12 @@ def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, 
                 part.remove()
             part.check()
     mean = saved["train"].mean(0)
-    std = saved["train"].std(0).clamp_min(1e-6)  # a dimension that the encoder does not use stays zero
+    std = saved["train"].std(0).clamp_min(1e-6)  # an unused dimension stays zero
     return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std)
 
 
 class _Part:
-    """What this process has encoded so far: {pass over a data set: [latents of a batch, ...]}, beside the cache."""
+    """The latents that this rank has encoded so far, {pass over a data set: [latents of a batch, ...]}, on disk."""
 
     def __init__(self, path, key, request):
         self.whole, self.key, self.request = path, key, request
@@ -66,7 +69,7 @@ class _Part:
         self.done, self.time = saved["done"] if saved else {}, time.monotonic()
 
     def batches(self, name):
-        """Those of a pass, to which the next ones are to be appended."""
+        """The list of a pass, for the caller to append to."""
         return self.done.setdefault(name, [])
 
     def keep(self):
@@ -77,13 +80,13 @@ class _Part:
         self.check()
 
     def check(self):
-        """Stopped, where a signal has come."""
+        """Raise Stopped if a signal has arrived."""
         if self.request.signal:
-            raise Stopped(f"stopped by {self.request.signal.name} while encoding images and has saved them; "
-                          "the same command goes on", exit_code(self.request.signal))
+            raise Stopped(f"stopped by {self.request.signal.name} while encoding images; the latents so far are "
+                          "saved, the same command continues", exit_code(self.request.signal))
 
     def remove(self):
-        """The cache is there: nobody needs the parts any more."""
+        """Delete the parts of all ranks, once the cache is written."""
         for path in self.whole.parent.glob(f"{self.whole.stem}.*_of_*.pt"):
             path.unlink()
 
@@ -91,7 +94,7 @@ class _Part:
 def _read(path, key):
     try:
         saved = load_checkpoint(path, "latents")
-    except UserError:  # missing or broken: it is only a cache
+    except UserError:  # missing or damaged: it is only a cache
         return None
     return saved if saved["key"] == key else None
 

@@ -1,10 +1,10 @@
-"""Turn any data set into one LMDB at one size, which every later run then reads instead of the files.
+"""Write any data set to one LMDB at one size, for later runs to read instead of the files.
 
     python data/prepare.py --config configs/ffhq_256_config.py --config.data.root_dir=/data/ffhq --output /data/ffhq_256
 
-Both parts, training and held-out, go in as PNG (lossless). Stopped at any time, even by SIGKILL, the same command goes
-on where it was; until it has finished, the LMDB is refused by whatever reads it. Afterwards give the output as
---config.data.root_dir.
+Both parts, training and held-out, are stored as PNG (lossless). The script can be stopped at any time, even by SIGKILL;
+the same command continues. An unfinished LMDB is refused by every reader. To use it, set --config.data.root_dir to the
+output.
 """
 
 import os
@@ -17,14 +17,14 @@ from absl import flags
 
 from data.datasets import build_dataset
 from data.datasets.functions import Functions
-from data.datasets.lmdb import write_prepared
+from data.datasets.prepared import write_prepared
 from utils import cli, config
 from utils.errors import UserError
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
 OUTPUT = flags.DEFINE_string("output", None, "folder of the LMDB")
 SIZE = flags.DEFINE_integer("size", None, "side of the images in pixels; default: data.img_size", lower_bound=1)
-WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and encode", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "number of processes that read and encode", lower_bound=0)
 
 
 def main():

@@ -1,12 +1,12 @@
-"""Gaussian random fields over [0, 1]², as an example of a function that a model can be trained on (data.function).
+"""Gaussian random fields over [0, 1]²: an example of functions to train on (data.function).
 
-f(x, y) = Σ_k a_k ψ_k1(y) ψ_k2(x) with ψ_0 = 1 and ψ_k(u) = √2 cos(πku), a_k independent and normal with the variance
+f(x, y) = Σ_k a_k ψ_k1(y) ψ_k2(x) with ψ_0 = 1, ψ_k(u) = √2 cos(πku) and independent normal a_k of variance
 
     S(k) ∝ (π²|k|² + τ²)^(−ν−1)
 
-so that f has the Matérn covariance of smoothness ν, (τ² − Δ)^(−ν−1), with the Neumann boundary: the field of the Darcy
-benchmark of neural operators, which has τ = 3, is one of them. The ψ_k are orthonormal, so that S is what the DCT-II of
-an image of f measures (experiments.metrics.images). No k is above 31: an image of 32² or more holds all of f.
+so f has the Matérn covariance of smoothness ν, (τ² − Δ)^(−ν−1), with the Neumann boundary condition. With τ = 3 it is
+the field of the Darcy benchmark of neural operators. The ψ_k are orthonormal, so the DCT-II of an image of f measures S
+(docs/method.md, 7.5). No k exceeds 31: an image of 32² or more holds all of f.
 """
 
 import functools
@@ -16,10 +16,10 @@ import torch
 
 from utils import rng
 
-MODES = 32  # of each axis
-TAU = 10.0  # 1/τ is the length over which values are correlated
+MODES = 32  # per axis
+TAU = 10.0  # 1/τ is the correlation length
 SMOOTHNESS = 1.0  # ν
-DEVIATION = 0.2  # of a value, averaged over [0, 1]²; in a corner twice that. Beyond ±1 values are clipped, 3 in 10⁵
+DEVIATION = 0.2  # of a value, averaged over [0, 1]²; twice that in a corner. About 3 in 10⁵ values are clipped to ±1
 
 
 def gaussian_field(positions, index):
@@ -33,8 +33,7 @@ def gaussian_field(positions, index):
 
 @functools.cache
 def spectrum():
-    """S(k), the variance of the coefficient of each (k1, k2), k1 along y, float32 [MODES, MODES]; it sums to
-    DEVIATION²."""
+    """S(k), the variances of the coefficients, float32 [MODES, MODES], k1 (along y) first; they sum to DEVIATION²."""
     k = torch.arange(MODES, dtype=torch.float64)
     squared = k[:, None] ** 2 + k**2
     power = (math.pi**2 * squared + TAU**2) ** (-SMOOTHNESS - 1)

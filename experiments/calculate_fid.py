@@ -118,6 +118,9 @@ def real_images(data, sample_size):
 
 def check_images(num_samples, sample_size, real, crop_size):
     """Refuses too few and too small images; warns where a comparison would mislead."""
+    if num_samples < (NUM_SAMPLES.value or 0):
+        raise UserError(f"--num_samples={NUM_SAMPLES.value} but --samples={SAMPLES.value} has only {num_samples} "
+                        "images; make more, or lower it")
     num_real, real_size, fewest = sum(map(len, real)), real[0].size, max(MIN_IMAGES, NEIGHBOURS.value + 1)
     for name, count in (("samples", num_samples), ("real images", num_real)):
         if count < fewest:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
+from data.images import read_image
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
@@ -30,7 +31,6 @@ from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.images import read_image
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: z from its model instead of the encoder")

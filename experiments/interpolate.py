@@ -18,6 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data.datasets import build_dataset
+from data.images import read_image
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.sampling import encode, invert
@@ -39,7 +40,7 @@ from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.images import read_image, to_uint8
+from utils.images import to_uint8
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: between its samples instead of images")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from data.images import read_image
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.guidance import Consistent, Constraint, Downsampling
@@ -33,7 +34,6 @@ from utils import cli, config, rng
 from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
-from utils.images import read_image
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 INPUT_SIZE = flags.DEFINE_string("input_img_size", None, "side of the inputs in pixels, or HEIGHTxWIDTH; default: the "

@@ -24,13 +24,6 @@ def save_png(image, path):
         to_pil(image).save(temporary, format="PNG")
 
 
-def read_image(path):
-    """uint8 [C, H, W] of an image file as it is stored: 1 channel if it is grey, else RGB."""
-    with Image.open(path) as image:
-        array = np.array(image if image.mode == "L" else image.convert("RGB"))
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
-
-
 def tile(images, columns):
     """uint8 images [N, C, H, W] as one image [C, rows · H, columns · W]; missing places are white."""
     count, channels, height, width = images.shape

@@ -1,33 +1,31 @@
-"""What every data set is: a list of images of one size, some of which may turn out to be unreadable."""
+"""The base class of data sets, and what several of them share."""
 
 import hashlib
 import os
 import warnings
 
-from PIL import Image
-
-from data.images import UNREADABLE, load_image
+from data.images import UNREADABLE, image_size, load_image
 from utils.errors import UserError
 
 
 class ImageDataset:
-    """Images as uint8 tensors [C, H, W], without augmentation.
+    """A list of images of one size, uint8 [C, H, W], without augmentation.
 
-    root       data.root_dir, the folder the images come from
-    train      the training images; otherwise the held-out ones
+    root       data.root_dir, the folder of the images
+    train      True for the training images, False for the held-out ones
     size       (H, W) of the images returned
     channels   1 or 3
 
     A subclass has a `name`, sets `keys`, one per image, and defines `_open(key)` and `_version()`.
 
-    An image that cannot be read is replaced by the next one that can: a training run of days must survive a bad file.
-    Reading stops with UserError once more than one image and more than 1 % of the set were unreadable. Every worker
+    An unreadable image is replaced by the next readable one, because one bad file should not end a training run of
+    days. UserError is raised once more than one image and more than 1 % of the set were unreadable. Every worker
     process counts for itself.
     """
 
     name = None  # in the registry
-    flips = True  # mirror images are as good as the images: training shows both
-    in_memory = False  # items are kept after they were read once, so worker processes would only do it again
+    flips = True  # training also shows mirror images
+    in_memory = False  # items are cached on first use, so worker processes would only repeat the work
 
     def __init__(self, root, train, size, channels):
         self.root, self.train, self.size, self.channels = root, train, tuple(size), channels
@@ -52,17 +50,16 @@ class ImageDataset:
         raise UserError(f"data.root_dir='{self.root}': no image of {self.name} could be read; check the files")
 
     def read(self, index):
-        """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE where it cannot be read."""
+        """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE if it cannot be read."""
         return load_image(self._open(self.keys[index]), self.size, self.channels)
 
     def exact(self, index):
-        """Image `index` for a model: as it is, or float32 [C, H, W] in [−1, 1] where 8 bits would be a loss."""
+        """Image `index` as the model sees it: uint8 or, if 8 bits would lose precision, float32 in [−1, 1]."""
         return self[index]
 
     def source_size(self, index):
-        """(H, W) of image `index` as it is stored, before it is cropped and resized."""
-        with Image.open(self._open(self.keys[index])) as image:
-            return image.height, image.width
+        """(H, W) of image `index` in its file, before cropping and resizing."""
+        return image_size(self._open(self.keys[index]))
 
     def describe(self):
         """One line for logs."""
@@ -71,34 +68,35 @@ class ImageDataset:
         return f"{self.name}: {len(self)} {part} images of {height}x{width}, {self.channels} channels, {self.root}"
 
     def fingerprint(self):
-        """Key, 32 hex digits, that changes when the images do: for caches of what is computed from them."""
+        """32 hex digits that change when the images do: the key of caches computed from them."""
         digest = hashlib.blake2b(digest_size=16)
         facts = (self.name, os.path.abspath(self.root), self.train, self.size, self.channels, len(self))
         for fact in (*facts, *self._version()):
             digest.update(repr(fact).encode() + b"\n")
         return digest.hexdigest()
 
+    def label(self, index):
+        """Name of image `index` in messages."""
+        key = self.keys[index]
+        return key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+
     def _open(self, key):
         """Path or binary file object of one image."""
         raise NotImplementedError
 
     def _version(self):
-        """Facts that change when the content does."""
+        """Facts that change when the contents do."""
         raise NotImplementedError
 
     def _note_unreadable(self, index, error):
         if not self._unreadable:
-            warnings.warn(f"{self.name}: {self.label(index)} cannot be read ({error}); the next image takes its "
-                          "place, here and wherever that happens again", stacklevel=3)
+            warnings.warn(f"{self.name}: {self.label(index)} cannot be read ({error}); the next readable image "
+                          "replaces it, and likewise for any others", stacklevel=3)
         self._unreadable.add(index)
         if too_many_unreadable(len(self._unreadable), len(self)):
             raise UserError(f"data.root_dir='{self.root}': {len(self._unreadable)} of {len(self)} images cannot be "
-                            f"read, {self.label(index)} for one; that is more than 1 %, so mend or remove such files")
-
-    def label(self, index):
-        """What to call image `index` in a message."""
-        key = self.keys[index]
-        return key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+                            f"read, for example {self.label(index)} ({error}); at most 1 % may be unreadable, so "
+                            "repair or remove such files")
 
 
 def too_many_unreadable(count, total):
@@ -107,6 +105,6 @@ def too_many_unreadable(count, total):
 
 
 def split_tail(keys, train):
-    """All but the last 5 % (at least one) for training; those otherwise."""
+    """All but the last 5 % (at least one) for training, the last 5 % otherwise."""
     held_out = max(1, len(keys) // 20)
     return keys[:-held_out] if train else keys[-held_out:]

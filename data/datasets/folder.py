@@ -1,26 +1,21 @@
-"""Any folder of images, read recursively; the last 5 % by sorted relative path are held out.
-
-FFHQ: 70,000 PNG files, flat or in folders of a thousand (00000/00000.png); the last 5 % are held out.
-
-CelebA-HQ: `<root>/<size>/` for one or more sizes, or a flat folder; held out is what split.json says, or 5 %.
-"""
+"""Data sets made of image files: any folder, FFHQ and CelebA-HQ."""
 
 import json
 import os
 
 from data.datasets.base import ImageDataset, split_tail
+from data.images import SUFFIXES, list_images
 from utils.errors import UserError
 
 
 class Folder(ImageDataset):
-    """Images below `root`, of whatever sizes. Raises UserError where there are none.
+    """All images below `root`, of any sizes; the last 5 % by relative path are held out.
 
-    The parts that differ between data sets made of files (where they lie, what they are called, which are held out)
-    are what the subclasses state.
+    Subclasses state what differs: the folder, the file names, the split. Raises UserError if there are no images.
     """
 
     name = "folder"
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    suffixes = SUFFIXES
     example = "00000.png"
 
     def __init__(self, root, train, size, channels):
@@ -29,27 +24,20 @@ class Folder(ImageDataset):
             raise UserError(f"data.root_dir='{root}' is not a folder; set it to the folder of the images "
                             "(see README, Datasets)")
         self.folder = self._image_folder()
-        self.keys = self._split(self._list_images())
+        paths = list_images(self.folder, self.suffixes)
+        if not paths:
+            raise UserError(f"data.root_dir='{self.folder}' has no images; expected files like {self.example} "
+                            "(see README, Datasets)")
+        self.keys = self._split(paths)
         if not self.keys:
-            raise UserError(f"data.root_dir='{root}' has one image; at least 2 are needed, as one is held out")
+            raise UserError(f"data.root_dir='{root}' has one image; at least 2 are needed, one to train on and one "
+                            "held out")
 
     def _image_folder(self):
         return self.root
 
     def _split(self, paths):
         return split_tail(paths, self.train)
-
-    def _list_images(self):
-        """Sorted paths relative to the folder; hidden files and folders are passed over."""
-        found = []
-        for folder, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.relpath(os.path.join(folder, name), self.folder) for name in files
-                      if name.lower().endswith(self.suffixes) and not name.startswith(".")]
-        if not found:
-            raise UserError(f"data.root_dir='{self.folder}' has no images; expected files like {self.example} "
-                            "(see README, Datasets)")
-        return sorted(found)
 
     def _open(self, key):
         return os.path.join(self.folder, key)
@@ -61,7 +49,7 @@ class Folder(ImageDataset):
 
 
 class FFHQ(Folder):
-    """Faces below `root`. Only PNG files count, so that pictures of another kind beside them do no harm."""
+    """70,000 faces as PNG files, flat or in folders of a thousand (00000/00000.png). Other files are ignored."""
 
     name = "ffhq"
     suffixes = (".png",)
@@ -69,9 +57,10 @@ class FFHQ(Folder):
 
 
 class CelebA(Folder):
-    """Faces of the smallest folder `<root>/<size>/` that holds the wanted size; the root itself if there are none.
+    """CelebA-HQ: faces in `<root>/<size>/`, for one or more sizes, or in the root itself.
 
-    A file split.json in the root, {"train": [file names], "val": [file names]}, states the split.
+    The smallest folder of at least the size asked for is read. The split is that of `<root>/split.json`,
+    {"train": [file names], "val": [file names]}, if there is one.
     """
 
     name = "celeba"
@@ -95,19 +84,19 @@ class CelebA(Folder):
         by_name = {os.path.basename(path): path for path in paths}
         missing = sorted((train | held_out) - by_name.keys())
         if missing:
-            raise UserError(f"{file} names {missing[0]!r}, which is not in '{self.folder}' ({len(missing)} such names);"
-                            " mend the file or remove it")
+            raise UserError(f"{file} lists {missing[0]!r}, which is not in '{self.folder}' ({len(missing)} names are "
+                            "missing); repair the file or remove it")
         return sorted(by_name[name] for name in (train if self.train else held_out))
 
 
 def _read_split(file):
-    wanted = f'{file} must be {{"train": [file names], "val": [file names]}}, with no name in both and none empty'
+    wanted = f'{file} must be {{"train": [file names], "val": [file names]}}, with no name in both and neither empty'
     try:
         with open(file, encoding="utf-8") as stream:
             split = json.load(stream)
         train, held_out = set(split["train"]), set(split["val"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{wanted}; mend the file or remove it ({type(error).__name__}: {error})") from error
+        raise UserError(f"{wanted}; repair the file or remove it ({type(error).__name__}: {error})") from error
     if not train or not held_out or train & held_out or not all(isinstance(n, str) for n in train | held_out):
-        raise UserError(f"{wanted}; mend the file or remove it")
+        raise UserError(f"{wanted}; repair the file or remove it")
     return train, held_out

@@ -1,4 +1,4 @@
-"""Functions over [0, 1]² as images of any resolution: a data set that a Python callable evaluates."""
+"""Functions over [0, 1]² as images of any resolution: a data set that evaluates a Python callable."""
 
 import difflib
 import functools
@@ -12,26 +12,26 @@ from data.datasets.base import ImageDataset
 from utils.errors import UserError
 from utils.images import to_uint8
 
-PROBE = (6, 8)  # rows and columns of positions at which a callable is tried before it is used
-SAME = 1e-3  # values that differ by less are those of one function
-MOST = 10**8  # functions: the order of an epoch is 8 bytes for each
+PROBE = (6, 8)  # rows and columns of the positions at which a callable is tested before use
+SAME = 1e-3  # largest difference between two evaluations of the same function
+MOST = 10**8  # functions: the order of an epoch takes 8 bytes per function
 ROUNDING = 1e-5  # by which values may leave [−1, 1]
 
 
 class Functions(ImageDataset):
-    """Functions f(positions, index) -> values, at the pixel centres of any size: item i is one function at all sizes.
+    """Functions f(positions, index) -> values, evaluated at the pixel centres of any size.
 
-    path       data.function, which names the callable (load_function). It takes positions, float32 [..., 2], (x, y) in
-               [0, 1], and the index of a function, int; it returns the function's values there, [..., C] in [−1, 1], as
-               tensor or array. They must not depend on anything else: not on the other positions, and what is random
-               has to be drawn from a generator seeded by the index.
-    counts     how many there are to train on, which have the indices 0, 1, …, and how many are held out, the next ones
+    path       data.function, the name of the callable (load_function). It takes positions, float32 [..., 2], (x, y) in
+               [0, 1], and the index of a function, int. It returns values [..., C] in [−1, 1], as tensor or array.
+               A value must depend on its own position and the index alone; draw random numbers from a generator that
+               is seeded by the index.
+    counts     number of training functions, of indices 0, 1, …, and of held-out ones, which follow them
 
-    Raises UserError for a callable that does not do so: before training where the first function shows it.
+    Raises UserError for a callable that breaks these rules: before training if function 0 shows it.
     """
 
     name = "function"
-    flips = False  # the mirror image of a function may be none of those that the model should learn
+    flips = False  # the mirror image of a function may not belong to the distribution
 
     def __init__(self, path, counts, train, size, channels):
         super().__init__(path, train, size, channels)
@@ -50,21 +50,21 @@ class Functions(ImageDataset):
         return to_uint8(self.exact(index))
 
     def source_size(self, index):
-        """(H, W) of the items: a function has as many pixels as are asked for."""
+        """(H, W) of the items: functions have no resolution of their own."""
         return self.size
 
     def label(self, index):
-        """What to call function `index` in a message."""
+        """Name of function `index` in messages."""
         return f"function {self.keys[index]}"
 
     def _version(self):
-        """Values of some functions: the code may change without them, and they without the code of one file."""
+        """Values of a few functions: they detect changes in any code that the callable uses."""
         for index in self.keys[::max(1, len(self) // 4)]:
             yield evaluate(self.root, pixel_centres(PROBE), index, self.channels).numpy().tobytes()
 
 
 def pixel_centres(size):
-    """Positions of the pixels of an H×W image, float32 [H, W, 2], (x, y) in [0, 1]."""
+    """Positions of the pixels of an H×W image, float32 [H, W, 2], (x, y) in [0, 1] (docs/method.md, 1.1)."""
     return Coordinates.full(1, size).positions[0].unflatten(0, size).clone()
 
 
@@ -72,7 +72,7 @@ def pixel_centres(size):
 def load_function(path):
     """The callable at "module:attribute" or "package.module.attribute". The module is imported, so its code runs.
 
-    UserError where there is no such thing.
+    Raises UserError if there is no such callable.
     """
     where = f"data.function={path!r}"
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
@@ -81,7 +81,7 @@ def load_function(path):
                         "data.random_fields:gaussian_field")
     try:
         found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever the code of a user raises
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UserError(f"{where}: the module {module!r} cannot be imported ({_told(error)}); give one that is "
                         "installed or below a folder of PYTHONPATH") from error
     for name in attribute.split("."):
@@ -102,24 +102,24 @@ def evaluate(path, positions, index, channels):
     try:
         values = function(positions, index)
         values = torch.as_tensor(values).cpu()
-    except Exception as error:  # whatever the code of a user raises
+    except Exception as error:  # user code may raise anything
         raise UserError(f"{where} failed for function {index}: {_told(error)}") from error
     expected = (*positions.shape[:-1], channels)
     if values.shape != expected or values.is_complex():
         raise UserError(f"{where} returned {values.dtype} {list(values.shape)} for positions {list(positions.shape)}; "
-                        f"real values {list(expected)} are needed, the last for data.channels={channels}")
+                        f"it must return real values {list(expected)}, the last dimension being data.channels")
     values = values.float()
     if not values.isfinite().all():
-        raise UserError(f"{where} returned values that are not finite for function {index}; mend it")
+        raise UserError(f"{where} returned values that are not finite for function {index}; correct it")
     largest = values.abs().max().item()
     if largest > 1 + ROUNDING:
-        raise UserError(f"{where} returned a value of size {largest:.4g} for function {index}; all must lie in "
+        raise UserError(f"{where} returned a value of magnitude {largest:.4g} for function {index}; all must lie in "
                         "[-1, 1], so scale or clip them")
     return values.clamp(-1, 1)
 
 
 def _check_function(path, index, channels):
-    """UserError where values depend on more than their own position and the index."""
+    """UserError if values depend on more than their own position and the index."""
     def values(rows, columns):
         return evaluate(path, pixel_centres(PROBE)[rows, columns].contiguous(), index, channels)
 
@@ -127,12 +127,12 @@ def _check_function(path, index, channels):
     first = values(everywhere, everywhere)
     for again, wanted, reason in (
             (values(everywhere, everywhere), first, "when called again; draw from a generator seeded by the index"),
-            (values(*part), first[part], "where fewer positions are asked for; a value must depend on its own alone")):
+            (values(*part), first[part], "when given fewer positions; a value must depend on its own position alone")):
         if (again - wanted).abs().max() > SAME:
             raise UserError(f"data.function={path!r} returned other values for function {index} {reason}")
 
 
 def _told(error):
-    """What was raised and where, for one line."""
+    """The error and its place, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error}, {frame.filename}:{frame.lineno}"

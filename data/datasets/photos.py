@@ -1,6 +1,6 @@
-"""Windows of the photographs that come with scikit-image: a data set that needs no download.
+"""Windows of the photographs that scikit-image ships: a data set that needs no download.
 
-A third of every photograph, at its left or right, is kept for held-out windows; no pixel of it is in a training window.
+The left or right third of every photograph is kept for held-out windows; no training window holds a pixel of it.
 """
 
 import functools
@@ -14,8 +14,8 @@ from data.images import fit, to_mode, to_tensor
 from utils.errors import UserError
 from utils.rng import seed_of
 
-# Photographs of things in colour, each with the end that is held out. motorcycle_right.png is left out because it shows
-# what motorcycle_left.png does; hubble_deep_field.jpg and ihc.png because they are texture, without layout.
+# Colour photographs of objects, each with its held-out end. motorcycle_right.png is missing because it repeats
+# motorcycle_left.png; hubble_deep_field.jpg and ihc.png because they are textures without layout.
 PHOTOS = (
     ("astronaut.png", "left"),
     ("chelsea.png", "right"),
@@ -25,16 +25,16 @@ PHOTOS = (
     ("rocket.jpg", "left"),
 )
 SIDES = (64, 72, 80, 90, 102, 114, 128)  # of windows, in pixels of the photograph
-LARGEST = SIDES[-1]  # windows are never enlarged, so it is also the largest img_size
+LARGEST = SIDES[-1]  # the largest img_size, because windows are never enlarged
 STEP = 0.15  # between windows, as a share of their side
-TRAIN_WINDOWS, HELD_OUT_WINDOWS = 1000, 64  # of each photograph
+TRAIN_WINDOWS, HELD_OUT_WINDOWS = 1000, 64  # per photograph
 
 
 class Photos(ImageDataset):
-    """Square windows of the photographs, in an order that mixes them. `root` is not used.
+    """Square windows of the photographs, in a mixed order. `root` is not used.
 
-    A size above that of the smallest windows leaves those that hold as many pixels, and fewer images. Items are kept in
-    memory once they are read, 120 MB at most. Raises UserError for a size above LARGEST.
+    Only windows with at least `size` pixels per side are used. Items are cached, 120 MB at most. Raises UserError for a
+    size above LARGEST.
     """
 
     name = "photos"
@@ -43,8 +43,8 @@ class Photos(ImageDataset):
     def __init__(self, root, train, size, channels):
         super().__init__("scikit-image", train, size, channels)
         if max(size) > LARGEST:
-            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {LARGEST}x{LARGEST} pixels that the "
-                            f"largest window of 'photos' holds; use at most {LARGEST}, or another data set")
+            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {LARGEST}x{LARGEST} pixels of the "
+                            f"largest windows of 'photos'; use at most {LARGEST}, or another data set")
         self.keys = windows(train, max(size))
         self._items = {}
 
@@ -61,7 +61,7 @@ class Photos(ImageDataset):
         return (self.keys[index][3],) * 2
 
     def label(self, index):
-        """What to call image `index` in a message."""
+        """Name of image `index` in messages."""
         return "window {1},{2} (side {3}) of {0}".format(*self.keys[index])
 
     def _version(self):
@@ -70,7 +70,7 @@ class Photos(ImageDataset):
 
 
 def windows(train, smallest=0):
-    """Windows of a part, (file name, left, top, side) in pixels of the photograph, from each photograph in turn.
+    """Windows of a part, (file name, left, top, side) in pixels of the photograph, taking the photographs in turn.
 
     smallest   least side
     """
@@ -84,7 +84,7 @@ def windows(train, smallest=0):
                     for top in _places(0, height - side, STEP * side)}
         mixed = sorted(of_photo, key=lambda window: seed_of("photos", *window))
         found.append(mixed[:TRAIN_WINDOWS if train else HELD_OUT_WINDOWS])
-    return [window for turn in zip(*found, strict=False) for window in turn]  # of the largest there are few
+    return [window for turn in zip(*found, strict=False) for window in turn]  # few windows are very large
 
 
 def _columns(width, held_out_end, train):
@@ -96,7 +96,7 @@ def _columns(width, held_out_end, train):
 
 
 def _places(first, last, step):
-    """Whole numbers from first to last, evenly spread and about `step` apart."""
+    """Integers from first to last, evenly spaced and about `step` apart."""
     count = round((last - first) / step)
     return [first + round((last - first) * i / count) for i in range(count + 1)] if count else [(first + last) // 2]
 

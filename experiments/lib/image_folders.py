@@ -1,8 +1,6 @@
-"""A folder of generated images that can be continued: 00000.png, 00001.png, … and how they were made.
+"""Folders of images: `ImageFolder` writes one and can continue it, `SampleFolder` reads one.
 
-A folder of image files, as the scripts write it, as a sequence of uint8 tensors.
-
-Images that an application starts from, in memory: the first held-out ones of a config, or all of a folder.
+The images of a folder, or the held-out ones of a config, also serve as inputs of the applications.
 """
 
 import functools
@@ -10,53 +8,49 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import build_dataset
-from data.datasets.folder import Folder
-from data.images import UNREADABLE, to_mode, to_tensor
+from data.images import UNREADABLE, image_size, list_images, read_image
+from data.loader import to_float
 from utils import distributed
 from utils.checkpoint import digest
-from utils.cores import warn_of_busy_cores
 from utils.errors import UserError
 from utils.files import read_json, replacing
-from utils.images import read_image, save_png, to_uint8
+from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class ImageFolder:
-    """`total` images in `path`, made with `settings` (plain data, kept in settings.json).
+    """`total` images 00000.png, 00001.png, … in `path`, and their `settings` (plain data) in settings.json.
 
-    output    the folder that --output stands for, where `path` is one of several in it
-    UserError where the folder already holds images made with other settings, or cannot be written.
-    Several processes share the work; the main one keeps the record.
+    output    value of --output, for messages, if `path` is one of several folders in it
+    Raises UserError if the folder holds images made with other settings, or cannot be written.
+    Several ranks share the work; the main one keeps the record.
     """
 
     def __init__(self, path, total, settings, output=None):
         self.path, self.total, self.settings = Path(path), total, settings
         self.output = output or path
         self._record = self.path / "settings.json"
-        if distributed.is_main():  # the others wait for it where the work is divided
+        if distributed.is_main():  # the others wait for it in missing_batches
             self._open(settings)
 
     def file(self, index):
+        """Path of image `index`."""
         return self.path / f"{index:05d}.png"
 
     def missing_batches(self, batch_size, evaluations=1):
-        """Yield (at most batch_size indices of images that are not there yet, progress), under a progress bar.
+        """Yield (at most batch_size indices of missing images, progress), under a progress bar.
 
-        progress    to be called with 1 after each of the `evaluations` that a batch takes
-        Each of several processes gets another batch when it asks, and none goes on before all images are there.
+        progress    to be called with 1 after each of the `evaluations` of a batch
+        Every rank gets another batch when it asks, and none continues before all images are there.
         """
         missing = distributed.from_main(
             lambda: [index for index in range(self.total) if not self.file(index).exists()])
-        if missing:
-            warn_of_busy_cores()
-        batch_size = min(batch_size, -(-len(missing) // distributed.world_size())) or 1  # work for everyone
+        batch_size = min(batch_size, -(-len(missing) // distributed.world_size())) or 1  # work for every rank
         main = distributed.is_main()
         with tqdm(total=self.total, initial=self.total - len(missing), unit="image", desc=str(self.path),
                   bar_format=BAR, disable=not main) as bar:
@@ -76,7 +70,7 @@ class ImageFolder:
 
     def load(self):
         """All images, float32 [N, C, H, W] in [−1, 1]."""
-        return torch.stack([read_image(self.file(index)) for index in range(self.total)]) / 127.5 - 1
+        return to_float(torch.stack([read_image(self.file(index)) for index in range(self.total)]))
 
     def _open(self, settings):
         try:
@@ -109,80 +103,74 @@ class ImageFolder:
 
 
 def _advance(bar, images, evaluations):
-    bar.update(min(images * evaluations, bar.total - bar.n))  # of several processes the others' part is a guess
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-# What Pillow raises for a file which is no image, is cut short, or is a decompression bomb.
+    bar.update(min(images * evaluations, bar.total - bar.n))  # the progress of other ranks is an estimate
 
 
 class SampleFolder:
-    """The first `count` images of a folder and the folders below it, in order of name; all of them without count.
+    """The first `count` images of a folder and the folders below it, by relative path; all of them without count.
 
-    Item i is the uint8 tensor [3, H, W] of image i; size is the (H, W) they share, and settings how a script of this
-    project made them ({} for other folders).
-    Raises UserError where the folder is missing, holds fewer images than count, or images of more than one size
-    (only headers are read for that), and, when an item is read, for a file whose pixels are damaged.
+    flag      name of the flag that gave the folder, for messages
+    channels  1 or 3
+    Item i is the uint8 tensor [C, H, W] of image i. `size` is the (H, W) that the images share, and `settings` how a
+    script of this project made them ({} for other folders).
+    Raises UserError if the folder is missing or empty, or the images differ in size (only headers are read for that),
+    and, when an item is read, if its pixels are damaged.
     """
 
-    def __init__(self, folder, count=None):
-        self.folder = folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"samples={str(folder)!r} is not a folder; give the folder with the images to score")
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        self.files = sorted(path for path in files if not path.name.startswith("."))
+    def __init__(self, folder, count=None, flag="samples", channels=3):
+        self.folder, self.channels = Path(folder), channels
+        if not self.folder.is_dir():
+            raise UserError(f"--{flag}={folder} is not a folder; give a folder of images")
+        self.files = [self.folder / path for path in list_images(folder)][:count]
         if not self.files:
-            raise UserError(f"samples={str(folder)!r} has no images; expected files like 00000.png")
-        if count is not None and len(self.files) < count:
-            raise UserError(f"num_samples={count} but samples={str(folder)!r} has only {len(self.files)} images; "
-                            "make more or lower num_samples")
-        self.files = self.files[:count]
-        self.size = _size(self.files[0])
+            raise UserError(f"--{flag}={folder} has no images; expected files like 00000.png")
+        self.size = self._size_of(self.files[0])
         for path in self.files:
-            size = _size(path)
+            size = self._size_of(path)
             if size != self.size:
-                raise UserError(f"samples={str(folder)!r} has images of different sizes, {self.files[0].name} of "
+                raise UserError(f"--{flag}={folder} has images of different sizes, {self.files[0].name} of "
                                 f"{self.size[0]}x{self.size[1]} and {path.name} of {size[0]}x{size[1]}; "
                                 "keep one size per folder")
 
     @property
     def settings(self):
-        """settings.json of the folder (experiments.lib.image_folders.ImageFolder)."""
+        """settings.json of the folder, written by an `ImageFolder`."""
         return read_json(self.folder / "settings.json")
 
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
+        return self._read(functools.partial(read_image, channels=self.channels), self.files[index])
+
+    def _size_of(self, path):
+        return self._read(image_size, path)
+
+    def _read(self, read, path):
         try:
-            with Image.open(self.files[place]) as image:
-                pixels = np.array(image.convert("RGB"))
+            return read(path)
         except UNREADABLE as error:
-            raise _damaged(self.files[place], error) from error
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+            raise UserError(f"image {str(path)!r} can't be read ({error}); make it again or delete it") from error
 
 
-def _size(path):
-    try:
-        with Image.open(path) as image:
-            if image.mode not in EIGHT_BIT_MODES:
-                raise UserError(f"image {str(path)!r} has pixels of mode {image.mode}; 8-bit grey or RGB is needed")
-            return image.height, image.width
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise _damaged(path, error) from error
+def folder_images(flag, folder, channels, count, least=1):
+    """(uint8 [N, C, H, W], their origin as plain data): at most `count` images of a `SampleFolder`.
 
-
-def _damaged(path, error):
-    return UserError(f"image {str(path)!r} can't be read ({error}); make it again or delete it")
+    least   model.knn_neighbours: the least number of pixels of an image
+    """
+    found = SampleFolder(folder, count, flag, channels)
+    height, width = found.size
+    if height * width < least:
+        raise UserError(f"--{flag}={folder} has images of {height}x{width}, fewer pixels than model.knn_neighbours="
+                        f"{least}; give larger ones")
+    images = torch.stack(list(found))
+    return images, {"input": str(folder), "data": digest({"images": images})}
 
 
 def heldout_images(config, size, count):
-    """(uint8 [N, C, H, W], where they are from as plain data): at most `count` held-out images at `size` (H, W).
+    """(uint8 [N, C, H, W], their origin as plain data): at most `count` held-out images at `size` (H, W).
 
-    Raises UserError where one has fewer pixels than that before it is resized: details would be made up.
+    Raises UserError if the file of one has fewer pixels: enlarging it would make up details.
     """
     dataset = build_dataset(config, train=False, img_size=size)
     count = min(count, len(dataset))
@@ -194,35 +182,3 @@ def heldout_images(config, size, count):
                             "data.root_dir to larger images")
     images = torch.stack([dataset[index] for index in range(count)])
     return images, {"split": "heldout", "data": dataset.fingerprint()}
-
-
-def folder_images(flag, folder, channels, count, least=1):
-    """(uint8 [N, C, H, W], where they are from as plain data): the first `count` images of a folder, by name.
-
-    flag    name of the flag that gave the folder, for the UserError where it is missing, has none, or of two sizes
-    least   model.knn_neighbours: how many pixels an image must have
-    """
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in Folder.suffixes)[:count]
-    if not found:
-        raise UserError(f"--{flag}={folder} has no images; expected files like {Folder.example}")
-    images = [_read(path, channels) for path in found]
-    for path, image in zip(found, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = [f"{name.name} of {shape[1]}x{shape[2]}" for name, shape in
-                     ((found[0], images[0].shape), (path, image.shape))]
-            raise UserError(f"--{flag}={folder} has images of different sizes, {' and '.join(sizes)}; keep one size "
-                            "per folder")
-    images = torch.stack(images)
-    if images[0, 0].numel() < least:
-        height, width = images.shape[-2:]
-        raise UserError(f"--{flag}={folder} has images of {height}x{width}, fewer pixels than model.knn_neighbours="
-                        f"{least}; give larger ones")
-    return images, {"input": str(folder), "data": digest({"images": images})}
-
-
-def _read(path, channels):
-    try:
-        with Image.open(path) as image:
-            return to_tensor(to_mode(image, channels))
-    except UNREADABLE as error:
-        raise UserError(f"{path} can't be read ({type(error).__name__}); make it again or delete it") from error

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from data.images import read_image
 from diffusion.samplers import ddim
 from diffusion.sampling import decode
 from experiments.lib.image_grid import save_gif, save_sheet
-from utils.images import read_image, save_png, tile
+from utils.images import save_png, tile
 
 
 def slerp(a, b, weight):

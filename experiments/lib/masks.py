@@ -1,27 +1,27 @@
-"""Which pixels of an image are known, for inpainting: drawn masks, and masks from a file."""
+"""Masks of the known pixels for inpainting: drawn, or from an image file."""
 
 import torch
 from PIL import Image, ImageDraw
 
 from data.coordinates import Coordinates
-from data.images import UNREADABLE
+from data.images import UNREADABLE, read_image, to_tensor
 from utils import rng
 from utils.errors import UserError
 
 KINDS = ("centre", "half", "strokes", "pixels")
-STROKES, CORNERS, STROKE_WIDTH = 4, 4, 1 / 9  # of a mask, of a stroke, and of the shorter side
+STROKES, CORNERS, STROKE_WIDTH = 4, 4, 1 / 9  # per mask, per stroke, and as a share of the shorter side
 KNOWN_SHARE = 1 / 4  # of the pixels of a mask of kind "pixels"
 
 
 def make_masks(kind, size, indices, seed):
-    """bool [N, 1, H, W], True where a pixel is known, for the images with these global indices.
+    """bool [N, 1, H, W], True for known pixels, for the images with these global indices.
 
-    kind   centre    unknown is the middle half of each axis
-           half      the right half
-           strokes   what random brush strokes cover, other ones in each image
-           pixels    all but a random quarter of the pixels, other ones in each image
-           or the path of an image of this size, of which what is nearer to white than to black is unknown
-    Raises UserError where there is no such mask, or nothing is known or unknown.
+    kind   centre    the middle half of each axis is unknown
+           half      the right half is unknown
+           strokes   random brush strokes are unknown, different ones in each image
+           pixels    a random quarter of the pixels is known, another one in each image
+           path      an image file of this size; pixels nearer to white than to black are unknown
+    Raises UserError if there is no such mask, or if it leaves nothing known or nothing unknown.
     """
     height, width = size
     known = torch.ones(len(indices), 1, height, width, dtype=torch.bool)
@@ -48,29 +48,24 @@ def _generators(indices, seed):
 
 
 def _strokes(size, generator):
-    """Polylines with round joints, bool [1, H, W], True beside them."""
+    """bool [1, H, W], False on random polylines with round joints."""
     height, width = size
     image = Image.new("L", (width, height), 0)
     draw = ImageDraw.Draw(image)
     thickness = max(round(STROKE_WIDTH * min(size)), 1)
     for corners in torch.rand(STROKES, CORNERS, 2, generator=generator) * torch.tensor([width, height]):
         draw.line([tuple(corner) for corner in corners.tolist()], fill=255, width=thickness, joint="curve")
-    return _white(image).logical_not()
+    return to_tensor(image) <= 127
 
 
 def _read(path, size):
     try:
-        with Image.open(path) as image:
-            image = image.convert("L")
+        mask = read_image(path, channels=1)
     except UNREADABLE as error:
-        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor an image that can be read "
+        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor a readable image "
                         f"({type(error).__name__})") from error
-    if image.size != (size[1], size[0]):
-        raise UserError(f"--mask={path} has {image.height}x{image.width} pixels, the images {size[0]}x{size[1]}; "
+    height, width = mask.shape[1:]
+    if (height, width) != tuple(size):
+        raise UserError(f"--mask={path} has {height}x{width} pixels, the images {size[0]}x{size[1]}; "
                         "resize the mask, or set --sample_img_size")
-    return _white(image).logical_not()
-
-
-def _white(image):
-    """bool [1, H, W] of a grey Pillow image."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width) > 127
+    return mask <= 127

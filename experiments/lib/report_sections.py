@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
+from data.images import read_image
 from data.loader import all_batches, to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib import html_report as page
@@ -19,7 +20,7 @@ from utils.checkpoint import identity
 from utils.config import changed_fields, run_dir
 from utils.device import environment, resolve_device
 from utils.files import read_json
-from utils.images import read_image, to_uint8
+from utils.images import to_uint8
 from utils.logging import read_metrics, training_seconds
 
 CHECKED = 64  # samples, and held-out images, whose nearest training images are looked for

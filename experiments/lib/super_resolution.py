@@ -3,13 +3,13 @@
 import torch
 from PIL.Image import Resampling
 
-from data.images import to_tensor
+from data.images import read_image, to_tensor
 from data.loader import to_float
 from diffusion.guidance import Downsampling
 from experiments.lib.image_folders import folder_images, heldout_images
 from experiments.metrics.images import psnr, ssim
 from utils.errors import UserError
-from utils.images import read_image, to_pil, to_uint8
+from utils.images import to_pil, to_uint8
 
 
 def read_inputs(cfg, folder, low_size, size_of, count):

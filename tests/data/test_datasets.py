@@ -139,13 +139,9 @@ def test_one_image_is_too_few(tmp_path):
         build_dataset(config("folder", tmp_path), True)
 
 
-def test_unknown_names_sizes_and_channels(tmp_path):
+def test_unknown_names():
     with pytest.raises(UserError, match="data.name='imagenet' is not one of photos, folder, ffhq, celeba, churches"):
         build_dataset(config("imagenet"), True)
-    with pytest.raises(UserError, match="data.img_size"):
-        build_dataset(config("photos"), True, (16, 0))
-    with pytest.raises(UserError, match="data.channels=4"):
-        build_dataset(config("photos", channels=4), True)
     assert set(DATASETS) == {"photos", "folder", "ffhq", "celeba", "churches", "function"}
 
 
@@ -176,7 +172,7 @@ def test_more_than_one_percent_of_bad_images_is_too_much(tmp_path):
     with pytest.warns(UserWarning):
         dataset[1]
     dataset[1]  # the same one counts once
-    with pytest.raises(UserError, match="2 of 20 images cannot be read, 00000.png"):
+    with pytest.raises(UserError, match="2 of 20 images cannot be read, for example 00000.png"):
         dataset[0]
 
 
@@ -206,7 +202,7 @@ def test_a_damaged_lmdb_is_a_users_matter(tmp_path, damage):
     file = tmp_path / "church_outdoor_train_lmdb" / "data.mdb"
     content = file.read_bytes()
     file.write_bytes({"garbage": b"garbage" * 1000, "empty": b"", "cut": content[:len(content) // 2]}[damage])
-    with pytest.raises(UserError, match="not a sound LMDB"):
+    with pytest.raises(UserError, match="not an intact LMDB"):
         build_dataset(config("churches", tmp_path), True)
 
 

@@ -143,18 +143,18 @@ MISTAKES = [
     ("some_functions:wav", "has no 'wav'; did you mean 'wave'?"),
     ("some_functions:Sum.nothing", "has no 'nothing'"),
     ("some_functions:number", "is of type int; it must be a callable f(positions, index)"),
-    ("some_functions:flat", "returned torch.float32 [6, 8] for positions [6, 8, 2]; real values [6, 8, 3] are needed"),
-    ("some_functions:grey", "[6, 8, 3] are needed, the last for data.channels=3"),
+    ("some_functions:flat", "returned torch.float32 [6, 8] for positions [6, 8, 2]; it must return real"),
+    ("some_functions:grey", "real values [6, 8, 3], the last dimension being data.channels"),
     ("some_functions:first", "returned torch.float32 [3, 6, 8]"),
     ("some_functions:none", "failed for function 0: RuntimeError: Could not infer dtype of NoneType"),
     ("some_functions:complex", "returned torch.complex64"),
     ("some_functions:nan", "not finite for function 0"),
-    ("some_functions:large", "returned a value of size 1.4"),
+    ("some_functions:large", "returned a value of magnitude 1.4"),
     ("some_functions:raises", "failed for function 0: AttributeError: 'Tensor' object has no attribute 'nothing', "),
     ("some_functions:arguments", "failed for function 0: TypeError"),
     ("some_functions:noise", "returned other values for function 0 when called again"),
     ("some_functions:counted", "returned other values for function 0 when called again"),
-    ("some_functions:mean", "returned other values for function 0 where fewer positions are asked for"),
+    ("some_functions:mean", "returned other values for function 0 when given fewer positions"),
 ]
 
 

@@ -11,9 +11,9 @@ import lmdb
 import pytest
 import torch
 
-from data.datasets import build_dataset
-from data.datasets import lmdb as lmdb_writer
-from data.datasets.lmdb import RECORD, write_prepared
+from data.datasets import build_dataset, prepared
+from data.datasets import lmdb as lmdb_reader
+from data.datasets.prepared import RECORD, write_prepared
 from data.loader import all_batches
 from tests.data.layouts import config, write_folder, write_lsun
 from utils.errors import UserError
@@ -54,10 +54,10 @@ def test_a_prepared_set_holds_the_same_pixels(source, output, num_workers, chann
     source.data.channels = channels
     prepare(source, output, num_workers)
     for train in (True, False):
-        prepared = build_dataset(at(source, output), train)
-        assert torch.equal(torch.stack(list(prepared)), items(source, train))
-        images = torch.cat([images for images, _ in all_batches(prepared, 16, num_workers=2)])
-        assert len(images) == len(prepared)
+        dataset = build_dataset(at(source, output), train)
+        assert torch.equal(torch.stack(list(dataset)), items(source, train))
+        images = torch.cat([images for images, _ in all_batches(dataset, 16, num_workers=2)])
+        assert len(images) == len(dataset)
 
 
 @pytest.mark.parametrize("name", ["photos", "churches"])
@@ -101,7 +101,7 @@ class Killed(Exception):
 
 
 def stop_after(monkeypatch, commits):
-    original, left = lmdb_writer._commit, [commits]
+    original, left = prepared._commit, [commits]
 
     def commit(environment, records):
         if not left[0]:
@@ -109,20 +109,20 @@ def stop_after(monkeypatch, commits):
         left[0] -= 1
         original(environment, records)
 
-    monkeypatch.setattr(lmdb_writer, "_commit", commit)
+    monkeypatch.setattr(prepared, "_commit", commit)
 
 
 @pytest.mark.parametrize("commits", range(1, 9))
 def test_interrupted_between_any_two_commits_it_goes_on(source, output, monkeypatch, commits):
-    monkeypatch.setattr(lmdb_writer, "CHUNK", 8)
+    monkeypatch.setattr(prepared, "CHUNK", 8)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(patch, commits)
         prepare(source, output)
     with pytest.raises(UserError, match="unfinished, run prepare again"):
         build_dataset(at(source, output), True)
     encoded = []
-    original = lmdb_writer._encode_image
-    monkeypatch.setattr(lmdb_writer, "_encode_image", lambda *args: encoded.append(args) or original(*args))
+    original = prepared._encode_image
+    monkeypatch.setattr(prepared, "_encode_image", lambda *args: encoded.append(args) or original(*args))
     prepare(source, output)
     assert len(encoded) == 50 - min((commits - 1) * 8, 48 if commits < 8 else 50)
     for train in (True, False):
@@ -159,7 +159,7 @@ def run(config_file, cfg, output, program=(str(ROOT / "data/prepare.py"),)):
 # The script, ended by SIGKILL inside the transaction of its fifth commit (the first is that of the record alone).
 KILLED_IN_A_COMMIT = """
 import os, runpy, signal
-from data.datasets import lmdb as lmdb_writer
+from data.datasets import prepared
 
 def killing(items):
     yield from items
@@ -169,8 +169,8 @@ def commit(environment, items):
     commits.append(1)
     original(environment, killing(items) if len(commits) == 5 else items)
 
-lmdb_writer.CHUNK = 8
-commits, original, lmdb_writer._commit = [], lmdb_writer._commit, commit
+prepared.CHUNK = 8
+commits, original, prepared._commit = [], prepared._commit, commit
 runpy.run_path("data/prepare.py", run_name="__main__")
 """
 
@@ -217,7 +217,7 @@ def test_folders_that_are_something_else_are_refused(source, tmp_path):
 
 
 def test_the_map_grows(source, output, monkeypatch):
-    monkeypatch.setattr(lmdb_writer, "MAP_SIZE", 2**16)
+    monkeypatch.setattr(prepared, "MAP_SIZE", 2**16)
     prepare(source, output)
     assert (output / "data.mdb").stat().st_size > 2**16
     assert torch.equal(items(at(source, output), True), items(source, True))
@@ -243,7 +243,7 @@ def test_too_many_unreadable_images_stop_it_again_and_again(source, output, tmp_
 
 def test_a_record_of_another_format_is_refused(source, output):
     prepare(source, output)
-    lmdb_writer.close(output)
+    lmdb_reader.close(output)
     with lmdb.open(str(output)) as environment, environment.begin(write=True) as transaction:
         record = json.loads(transaction.get(RECORD))
         transaction.put(RECORD, json.dumps(record | {"format": 99}).encode())

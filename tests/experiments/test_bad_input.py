@@ -10,7 +10,7 @@ import lmdb
 import pytest
 from PIL import Image
 
-from data.datasets.lmdb import RECORD
+from data.datasets.prepared import RECORD
 from tests.data.layouts import write_folder, write_lsun
 from tests.scripts import only_line, refused, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
@@ -282,4 +282,4 @@ def test_more_than_one_percent_of(base, tmp_path, layout):
     overrides = ["--config.data.name=folder", f"--config.data.root_dir={tmp_path / 'data'}"]
     begun = ("out", "tiny", "images", "config.json", "metrics.jsonl")
     line = refused(tmp_path, TRAIN, *base, *overrides, may_write=begun)
-    assert "2 of 20 images cannot be read" in line and "mend or remove such files" in line
+    assert "2 of 20 images cannot be read" in line and "repair or remove such files" in line

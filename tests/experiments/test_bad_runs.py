@@ -214,7 +214,7 @@ CONFIG = "--config=ae.py"
 # what would be found only after long work, or after something was written, were it not looked for
 LATE = [
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
-    (APPLY, f"{CONFIG} --sampling_steps=3 --input=text", "text/00000.png can't be read"),
+    (APPLY, f"{CONFIG} --sampling_steps=3 --input=text", "image 'text/00000.png' can't be read"),
     (APPLY, f"{CONFIG} --sampling_steps=21", "--sampling_steps=21 must lie"),
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py cannot be written"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),

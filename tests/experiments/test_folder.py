@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from data.images import read_image
 from experiments.lib.image_folders import ImageFolder
 from utils.errors import UserError
-from utils.images import read_image
 
 
 def fill(folder, stop_after=None, batch_size=2):
@@ -28,15 +28,6 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     assert fill(ImageFolder(tmp_path, 5, {"size": 4})) == [[0, 2], [3, 4]]
     assert fill(ImageFolder(tmp_path, 7, {"size": 4})) == [[5, 6]]
     assert (read_image(tmp_path / "00004.png") == round(127.5 * 1.4)).all()
-
-
-def test_busy_cores_are_looked_for_where_images_are_made(tmp_path, monkeypatch):
-    looks = []
-    monkeypatch.setattr("experiments.lib.image_folders.warn_of_busy_cores", lambda: looks.append(1))
-    fill(ImageFolder(tmp_path, 3, {}))
-    assert len(looks) == 1
-    fill(ImageFolder(tmp_path, 3, {}))
-    assert len(looks) == 1
 
 
 def test_all_images_come_back_as_floats(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import read_image
 from diffusion import sampling as generate
 from experiments.lib import sampling
 from tests.scripts import only_line, run_script
-from utils.images import read_image
 
 INPAINT = "experiments/inpaint.py"
 

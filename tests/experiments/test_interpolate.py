@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import read_image
 from tests.data.layouts import picture
 from tests.scripts import only_line, run_script
-from utils.images import read_image
 
 INTERPOLATE = "experiments/interpolate.py"
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from data.datasets import photos
+from data.images import read_image
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
-from utils.images import read_image
 
 
 def grey_folder(config, folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import read_image
 from diffusion import gaussian_diffusion
 from diffusion.mollifier import GaussianMollifier
 from diffusion.sampling import reconstruction_scores
@@ -16,7 +17,6 @@ from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, write_config_file
 from utils.checkpoint import load_checkpoint, load_weights_file
-from utils.images import read_image
 from utils.logging import read_metrics
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"

@@ -38,7 +38,7 @@ def test_the_first_images_by_name(tmp_path):
         write(tmp_path / f"{place:05d}.png")
     assert [path.name for path in SampleFolder(tmp_path, 2).files] == ["00000.png", "00001.png"]
     assert len(SampleFolder(tmp_path, 5)) == 5
-    check_refused("num_samples=6 but samples='.*' has only 5 images", tmp_path, 6)
+    assert len(SampleFolder(tmp_path, 6)) == 5
 
 
 def test_folders_below_are_read_and_other_files_passed_over(tmp_path):
@@ -68,11 +68,6 @@ def test_mixed_sizes(tmp_path):
     write(tmp_path / "1.png", (14, 10))
     check_refused("different sizes, 0.png of 10x14 and 1.png of 14x10", tmp_path)
     assert len(SampleFolder(tmp_path, 1)) == 1
-
-
-def test_sixteen_bits(tmp_path):
-    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "0.png")
-    check_refused("has pixels of mode I;16; 8-bit", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture"])

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from data.images import read_image
 from diffusion import sampling as generate
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
-from utils.images import read_image, to_pil
+from utils.images import to_pil
 
 SUPER_RESOLUTION = "experiments/super_resolution.py"
 METHODS = ["bicubic", "lanczos", "backprojected", "decoded", "consistent"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.images import read_image
 from tests.data.layouts import write_folder
 from tests.processes import own_lines, torchrun
 from tests.scripts import only_line, run_script
@@ -11,7 +12,6 @@ from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from tests.utils.distributed_worker import shared_work
 from utils import distributed
 from utils.checkpoint import load_checkpoint
-from utils.images import read_image
 from utils.logging import read_metrics
 
 WORKER = "tests/utils/distributed_worker.py"

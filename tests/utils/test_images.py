@@ -2,7 +2,8 @@
 
 import torch
 
-from utils.images import read_image, save_png, tile, to_uint8
+from data.images import read_image
+from utils.images import save_png, tile, to_uint8
 
 
 def test_rounds_and_clips():

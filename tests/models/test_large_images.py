@@ -1,11 +1,12 @@
-"""A window has the geometry of the pixels of the image that lie in it."""
+"""A window has the geometry of its pixels in the whole image."""
 
 import pytest
 import torch
 
 from data.coordinates import Coordinates
-from data.window import Window
 from models.interpolation import grid_to_points
+from models.large_images import Window
+from utils.errors import UserError
 
 IMAGE = (13, 21)
 
@@ -56,7 +57,7 @@ def test_parts_cover_every_pixel_once_and_are_small_enough(window, halo, most):
     parts = whole.split(halo, most)
     covered = torch.zeros(1, whole.num_points, 1)
     for part in parts:
-        assert part.grown(halo).num_points <= most
+        assert part.grown(halo, whole).num_points <= most
         assert not part.take(covered, whole).any()
         part.put(torch.ones(1, part.num_points, 1), whole, covered)
     assert covered.all()
@@ -74,7 +75,8 @@ def test_parts_are_the_ones_that_cost_least():
 
 def test_no_parts_where_the_halo_would_be_most_of_the_work():
     whole = Window.whole(1, (96, 96))
-    assert whole.split((6, 6), 15 * 15) is None
+    with pytest.raises(UserError, match="max_points=225 is too few"):
+        whole.split((6, 6), 15 * 15)
     parts = whole.split((6, 6), 16 * 16)
     assert {part.size for part in parts} == {(4, 4)}
 
