@@ -1,4 +1,4 @@
-"""README.md, BENCHMARKS.md and docs/: their commands run, their examples work, their links lead somewhere."""
+"""README.md, BENCHMARKS.md and docs/: links lead somewhere, examples work, commands run, and code cites what exists."""
 
 import ast
 import importlib
@@ -14,65 +14,42 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.build
+import models.sparse_conv
 from configs.ablations import AXES, get_variants
 from data.coordinates import Coordinates
 from data.datasets import DATASETS, build_dataset
 from diffusion import samplers
 from models.build import build_decoder, build_encoder, build_latent_model
-from models.sparse_conv import BACKENDS, Backend, sparse_conv
+from models.kernels import BACKENDS, Backend
+from models.sparse_conv import sparse_conv
 from tests.commands import STAGE_1, Shrunk, blocks, commands, make_commands, words_of
 from tests.data.layouts import config, write_folder
 from tests.diffusion.test_samplers import VARIANCE, normal_denoiser, schedule_of
 from tests.models.operator import check_against_loops, draw
+from tests.models.tiny import awake, tiny_config
+from tests.models.tiny import draw as draw_points
 from tests.scripts import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted(DOCS.glob("*.md"))]
+PACKAGES = ("configs", "data", "diffusion", "experiments", "models", "utils")
+CODE = [*ROOT.glob("*.py"), *(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))]
 OTHER = ("make demo", "make test")
 COMMANDS = {command: place for page in PAGES for place, command in commands(page) if command not in OTHER}
-LANGUAGES = {"", "bash", "python", "bibtex", "text"}  # the last for what a command prints
+LANGUAGES = {"", "bash", "python", "bibtex", "text"}  # the last for equations
 LINK = re.compile(r"\[([^]]*)\]\(([^)\s]+)\)")
+MOST_LINES = {"README.md": 180, "BENCHMARKS.md": 120}
 
 
 def python_blocks():
     """{path in its first line: text} of the examples of docs/extending.md."""
-    found = [block.text for block in blocks(ROOT / "docs" / "extending.md") if block.language == "python"]
+    found = [block.text for block in blocks(DOCS / "extending.md") if block.language == "python"]
     return {re.match("# (.*)", text)[1]: text for text in found}
 
 
 EXAMPLES = python_blocks()
-
-
-@pytest.fixture(scope="module")
-def shrunk(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("docs")
-    for path, text in EXAMPLES.items():
-        if path.startswith("configs/"):
-            (folder / "configs").mkdir(exist_ok=True)
-            (folder / path).write_text(text)
-    return Shrunk(folder)
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS.get)
-def test_command(shrunk, monkeypatch, command):
-    monkeypatch.chdir(shrunk.folder)
-    result = shrunk.run(command)
-    assert result.code == 0, result.err
-
-
-def test_the_commands_of_make_demo(shrunk, monkeypatch):
-    monkeypatch.chdir(shrunk.folder)
-    found = make_commands("demo")
-    assert len(found) == 10
-    for command in found:
-        result = shrunk.run(command)
-        assert result.code == 0, (command, result.err)
-
-
-def test_every_block_is_of_a_kind_that_is_tested():
-    assert {block.language for page in PAGES for block in blocks(page)} <= LANGUAGES
-    assert len(COMMANDS) > 25
-    for language, found in (("bash", {"running.md"}), ("python", {"README.md", "extending.md"})):  # tested below
-        assert {page.name for page in PAGES for block in blocks(page) if block.language == language} == found
+KNOWN = (*EXAMPLES, "experiments/name.py")  # files that texts may name without their being there
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -108,19 +85,68 @@ def names(path):
     return found
 
 
-def test_every_page_is_reached_from_the_readme():
+def test_the_code_cites_sections_of_the_method_that_exist():
+    sections = set(re.findall(r"^##+ (\d+(?:\.\d+)?) ", (DOCS / "method.md").read_text(), re.M))
+    cited = [(path, number) for path in CODE
+             for number in re.findall(r"docs/method\.md,[\s#]+(\d+(?:\.\d+)?)", path.read_text())]
+    assert len(cited) > 10
+    assert not [(path, number) for path, number in cited if number not in sections]
+
+
+def test_texts_name_files_that_exist():
+    """Paths in pages, code and the Makefile, and modules in docstrings and comments."""
+    files = [path for path in CODE if ROOT / "tests" not in path.parents]
+    wrong = []
+    for file in [*PAGES, ROOT / "Makefile", ROOT / "pyproject.toml", *files]:
+        text = file.read_text()
+        paths = re.findall(rf"(?<![\w/.])(?:(?:{'|'.join(PACKAGES)}|tests|docs)/[\w/]+\.(?:py|md)|[A-Z]+\.md)\b", text)
+        modules = re.findall(r"(?<![\w/.\-])((?:models|utils|experiments)(?:\.[a-z]\w*)+)", text)
+        wrong += [(file.name, path) for path in paths if not (ROOT / path).is_file() and path not in KNOWN]
+        wrong += [(file.name, name) for name in modules if not is_module(name)]
+    assert not wrong
+
+
+def is_module(name):
+    """Whether a dotted name is a module or package, or a name in one."""
+    path = ROOT / name.replace(".", "/")
+    return any(path.with_suffix(".py").is_file() or path.is_dir() for path in (path, path.parent))
+
+
+def test_pages_are_reached_from_the_readme_and_of_a_readable_length():
     linked = {target.partition("#")[0] for _, target in LINK.findall((ROOT / "README.md").read_text())}
     assert {str(page.relative_to(ROOT)) for page in PAGES[1:]} <= linked
+    for name, most in MOST_LINES.items():
+        assert len((ROOT / name).read_text().splitlines()) <= most
 
 
-def example(path, module):
-    """Run the example of that path within a module."""
+def test_every_block_is_of_a_kind_that_is_tested():
+    assert {block.language for page in PAGES for block in blocks(page)} <= LANGUAGES
+    assert len(COMMANDS) > 25
+    for language, found in (("bash", {"running.md"}), ("python", {"functions.md", "extending.md"})):
+        assert {page.name for page in PAGES for block in blocks(page) if block.language == language} == found
+    for command in COMMANDS:
+        words_of(command)
+
+
+def test_the_conda_file_only_wraps_the_requirements():
+    text = (ROOT / "requirements.yml").read_text()
+    active = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert active == ["name: infty-diff", "channels:", "- conda-forge", "dependencies:", "- python=3.11", "- pip",
+                      "- pip:", "- -r requirements.txt"]
+
+
+# ---- Examples
+
+
+def example(path, module=None):
+    """Run the example of that path, in a new module or within a given one."""
+    module = module or types.ModuleType(path.removesuffix(".py").replace("/", "."))
     exec(compile(EXAMPLES[path], path, "exec"), module.__dict__)
     return module
 
 
-def test_the_function_of_the_readme(monkeypatch):
-    text, = (block.text for block in blocks(ROOT / "README.md") if block.language == "python")
+def test_the_function_of_the_example(monkeypatch):
+    text, = (block.text for block in blocks(DOCS / "functions.md") if block.language == "python")
     module = types.ModuleType("my_waves")
     exec(compile(text, "my_waves.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "my_waves", module)
@@ -130,9 +156,42 @@ def test_the_function_of_the_readme(monkeypatch):
     assert items[0].shape == items[1].shape == (1, 16, 16) and not torch.equal(*items)
 
 
+def test_the_labels_of_the_example():
+    """One-hot labels behind z, in a decoder that is built with as many more entries of z, change what it predicts."""
+    with_labels = example("models/labels.py").with_labels
+    cfg, (values, t, z, coords) = tiny_config(backend="torch_dense"), draw_points()
+    cfg.model.z_dim += 3
+    decoder = awake(build_decoder(cfg))
+    first, second = (decoder(values, t, with_labels(z, torch.full((2,), label), 3), coords) for label in (0, 2))
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_the_block_of_the_example(monkeypatch):
+    """Its gate takes part, on all points at once as on parts of a large image."""
+    monkeypatch.setattr(models.build, "SparseBlock", example("models/gated_block.py").GatedBlock)
+    decoder = awake(build_decoder(tiny_config(backend="torch_dense")))
+    _, t, z, _ = draw_points(size=(48, 48))
+    coords = Coordinates.full(2, (48, 48))
+    values = torch.randn(2, 48 * 48, 3)
+    whole, parts = decoder(values, t, z, coords), decoder(values, t, z, coords, max_points=1000)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        decoder.blocks[0].gate.bias.fill_(-100)
+    assert (decoder(values, t, z, coords) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (5, 3, 4, 6)], ids=["depthwise", "full"])
+@pytest.mark.parametrize("density", [1 / 4, 1])
+def test_the_kernel_of_the_example(monkeypatch, shape, density):
+    module = example("models/kernels/torch_taps.py")
+    monkeypatch.setitem(BACKENDS, "torch_taps", Backend(("cpu",), module.unavailable_reason, module.neighbour_sum))
+    monkeypatch.setattr(models.sparse_conv, "NAMES", (*models.sparse_conv.NAMES, "torch_taps"))
+    problem = draw((9, 14), density, shape, "shuffled")
+    check_against_loops(lambda *given: sparse_conv(*given, backend="torch_taps"), *problem, tolerance=1e-4)
+
+
 def test_the_data_set_of_the_example(tmp_path, monkeypatch):
-    zipped = example("data/datasets/zipped.py", types.ModuleType("zipped")).Zipped
-    monkeypatch.setitem(DATASETS, "zip", zipped)
+    monkeypatch.setitem(DATASETS, "zip", example("data/datasets/zipped.py").Zipped)
     paths = write_folder(tmp_path / "folder", 41)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in paths:
@@ -142,16 +201,6 @@ def test_the_data_set_of_the_example(tmp_path, monkeypatch):
         plain = build_dataset(config("folder", tmp_path / "folder"), train)
         assert len(ours) == len(plain) and all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
         assert len(ours.fingerprint()) == 32
-
-
-@pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-@pytest.mark.parametrize("density", [1 / 4, 1])
-def test_the_backend_of_the_example(monkeypatch, size, density):
-    name = "models.backends.torch_taps"
-    monkeypatch.setitem(sys.modules, name, example("models/backends/torch_taps.py", types.ModuleType(name)))
-    monkeypatch.setitem(BACKENDS, "torch_taps", Backend(("cpu",), depthwise=True, full=False))
-    problem = draw(size, density, (5, 3, 4), "shuffled")
-    check_against_loops(lambda *given: sparse_conv(*given, backend="torch_taps"), *problem, tolerance=1e-4)
 
 
 def test_the_sampler_of_the_example_is_of_second_order():
@@ -170,15 +219,80 @@ def test_the_sampler_of_the_example_is_of_second_order():
 
 
 def test_the_config_of_the_example():
-    module = example("configs/flowers_128_config.py", types.ModuleType("flowers"))
-    found = module.get_config()
-    assert (found.data.name, found.mc_integral.q_sample, len(module.__doc__) > 60) == ("folder", 64 * 64, True)
+    found = example("configs/flowers_128_config.py").get_config()
+    assert (found.data.name, found.mc_integral.q_sample) == ("folder", 64 * 64)
+
+
+# ---- The tables of docs/paper.md and docs/ablations.md
+
+
+def table_rows(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}_config")
+
+
+def test_published_figures_are_those_of_the_configs():
+    text = (DOCS / "paper.md").read_text()
+    rows = re.findall(r"^\| \S+ \| `(\w+)`, `(\w+)` \| ([\d.]+) ", text, re.M)
+    assert len(rows) == 4
+    for first, second, figure in rows:
+        assert figure in load(first).__doc__
+        assert load(first).get_config().model.z_dim == load(second).get_config().model.z_dim
+    rates = re.findall(r"^\| (\d)× \| (\d+)[^|]*\| ([\d.]+) ", text, re.M)
+    assert [int(rate) * int(pixels) for rate, pixels, _ in rates] == [128 * 128] * 4
+    assert all(figure in AXES["subsampling"].__doc__ for _, _, figure in rates)
+
+
+def test_the_axes_are_all_there():
+    base, rows = load("ffhq_128").get_config(), dict(table_rows((DOCS / "ablations.md").read_text()))
+    assert sorted(name.strip("`") for name in rows) == sorted(AXES)
+    for name, words in rows.items():
+        if name != "`seed`":
+            assert len(get_variants(name.strip("`"), base)) == words.count(",") + 1
+
+
+def test_the_counted_costs():
+    """Parameters of all models and, of the smallest, the operations; the larger ones take seconds and much memory."""
+    text = (DOCS / "paper.md").read_text().partition("\n## Cost")[2]
+    rows = {name.strip("`"): cells for name, *cells in table_rows(text)}
+    latent = {"celeba_64": "celeba_64_latent", "ffhq_128": "ffhq_128_latent", "ffhq_256": "ffhq_latent",
+              "churches_256": "churches_latent"}
+    assert rows.keys() == latent.keys()
+    for name, cells in rows.items():
+        cfg = load(name).get_config()
+        with torch.device("meta"):
+            networks = build_decoder(cfg), build_encoder(cfg), build_latent_model(load(latent[name]).get_config())
+        millions = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in networks]
+        assert cells[0] == ", ".join(f"{number:.1f}" for number in millions)
+        decoder, encoder, everywhere = map(float, f"{cells[1]}, {cells[2]}".split(", "))
+        assert float(cells[3]) == pytest.approx(3e-3 * cfg.train.batch_size * (decoder + encoder), rel=0.02)
+        assert float(cells[4]) == pytest.approx(50_000 * 100 * everywhere / 1e6, rel=0.02)
+
+    cfg = load("celeba_64").get_config()
+    decoder, encoder, t, z = build_decoder(cfg).eval(), build_encoder(cfg).eval(), torch.zeros(1), torch.zeros(1, 256)
+    part, full = Coordinates.random(1, (64, 64), cfg.mc_integral.q_sample), Coordinates.full(1, (64, 64))
+    values = torch.zeros(1, 64 * 64, 3)
+    counted = (gflop(decoder, values[:, :part.num_points], t, z, part),
+               gflop(encoder, values[:, :part.num_points], part), gflop(decoder, values, t, z, full))
+    assert [f"{number:.2f}" for number in counted] == f"{rows['celeba_64'][1]}, {rows['celeba_64'][2]}".split(", ")
+
+
+def gflop(network, *inputs):
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+# ---- The Slurm script of docs/running.md, and all commands
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(tmp_path):
     """(exit code of the training) -> (exit code of the Slurm script, calls of scontrol, of python) with two tasks."""
-    script, = (block.text for block in blocks(ROOT / "docs" / "running.md") if block.language == "bash")
+    script, = (block.text for block in blocks(DOCS / "running.md") if block.language == "bash")
     stubs = {
         "scontrol": 'echo "$@" >> scontrol.log; if [ "$1" = show ]; then printf "node1\\nnode2\\n"; fi',
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
@@ -202,80 +316,38 @@ def slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
-def test_the_slurm_script_asks_for_another_turn_when_the_training_was_stopped_and_only_then(slurm, code):
-    ended, scontrol, _ = slurm(code)
+def test_the_slurm_script_requeues_a_run_that_was_stopped_and_no_other(slurm, code):
+    ended, scontrol, tasks = slurm(code)
     assert ended == code
     assert scontrol == ["show hostnames node[1-2]", *(["requeue 1234"] if code == 75 else [])]
-
-
-def test_the_slurm_script_starts_processes_that_meet_and_train(slurm, shrunk, monkeypatch):
-    _, _, tasks = slurm(0)
     places, training = zip(*(task.split(" python ") for task in tasks), strict=True)
     assert places == ("0 0 2 node1 21234", "1 1 2 node1 21234")
-    command = f"python {training[0]}"
-    assert training[0] == training[1] and words_of(command)[0] == STAGE_1
+    assert training[0] == training[1] and words_of(f"python {training[0]}")[0] == STAGE_1
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs")
+    for path, text in EXAMPLES.items():
+        if path.startswith("configs/"):
+            (folder / "configs").mkdir(exist_ok=True)
+            (folder / path).write_text(text)
+    return Shrunk(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS.get)
+def test_command(shrunk, monkeypatch, command):
     monkeypatch.chdir(shrunk.folder)
-    assert shrunk.run(command).code == 0
+    result = shrunk.run(command)
+    assert result.code == 0, result.err
 
 
-PAPER = (ROOT / "docs" / "paper.md").read_text()
-
-
-def table_rows(text):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
-
-
-def load(name):
-    return importlib.import_module(f"configs.{name}_config")
-
-
-def test_published_figures_are_those_of_the_configs():
-    rows = re.findall(r"^\| \S+ \| `(\w+)`, `(\w+)` \| ([\d.]+) ", PAPER, re.M)
-    assert len(rows) == 4
-    for first, second, figure in rows:
-        assert figure in load(first).__doc__
-        assert load(first).get_config().model.z_dim == load(second).get_config().model.z_dim
-    rates = re.findall(r"^\| (\d)× \| (\d+)[^|]*\| ([\d.]+) ", PAPER, re.M)
-    doc = AXES["subsampling"].__doc__
-    assert [int(rate) * int(pixels) for rate, pixels, _ in rates] == [128 * 128] * 4
-    assert all(figure in doc for _, _, figure in rates)
-
-
-def test_the_axes_are_all_there():
-    base, rows = load("ffhq_128").get_config(), dict(table_rows(PAPER.partition("Axis")[2].partition("```")[0]))
-    assert sorted(name.strip("`") for name in rows) == AXES
-    for name, words in rows.items():
-        if name != "`seed`":
-            assert len(get_variants(name.strip("`"), base)) == len(words.split(","))
-
-
-def test_the_counted_costs():
-    """Parameters of all models and, of the smallest, the operations; the larger ones take seconds and much memory."""
-    rows = {name.strip("`"): cells for name, *cells in table_rows(PAPER.partition("What to expect")[2])}
-    latent = {"celeba_64": "celeba_64_latent", "ffhq_128": "ffhq_128_latent", "ffhq_256": "ffhq_latent",
-              "churches_256": "churches_latent"}
-    assert rows.keys() == latent.keys()
-    for name, cells in rows.items():
-        cfg = load(name).get_config()
-        with torch.device("meta"):
-            networks = build_decoder(cfg), build_encoder(cfg), build_latent_model(load(latent[name]).get_config())
-        millions = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in networks]
-        assert cells[0] == ", ".join(f"{number:.1f}" for number in millions)
-        decoder, encoder, everywhere = map(float, f"{cells[1]}, {cells[2]}".split(", "))
-        assert float(cells[3]) == pytest.approx(3e-3 * cfg.train.batch_size * (decoder + encoder), rel=0.02)
-        assert float(cells[4]) == pytest.approx(50_000 * 100 * everywhere / 1e6, rel=0.02)
-
-    cfg = load("celeba_64").get_config()
-    decoder, encoder, t, z = build_decoder(cfg).eval(), build_encoder(cfg).eval(), torch.zeros(1), torch.zeros(1, 256)
-    part, full = Coordinates.random(1, (64, 64), cfg.mc_integral.q_sample), Coordinates.full(1, (64, 64))
-    values = torch.zeros(1, 64 * 64, 3)
-    counted = (gflop(decoder, values[:, :part.num_points], t, z, part),
-               gflop(encoder, values[:, :part.num_points], part), gflop(decoder, values, t, z, full))
-    assert [f"{number:.2f}" for number in counted] == f"{rows['celeba_64'][1]}, {rows['celeba_64'][2]}".split(", ")
-
-
-@torch.no_grad()
-def gflop(network, *inputs):
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return counter.get_total_flops() / 1e9
+@pytest.mark.slow
+def test_the_commands_of_make_demo(shrunk, monkeypatch):
+    monkeypatch.chdir(shrunk.folder)
+    found = make_commands("demo")
+    assert len(found) == 10
+    for command in found:
+        result = shrunk.run(command)
+        assert result.code == 0, (command, result.err)
