@@ -116,6 +116,7 @@ def main():
                                diffusion=build_diffusion(cfg, plot_steps)),
         plot_steps=2 * plot_steps,  # of reconstructions, and of samples
         device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
+        source=f"{train_set.fingerprint()} {heldout.fingerprint()}",
     ).train()
     cli.point_to_report()
 

@@ -36,6 +36,7 @@ def autoencoder_config(img_size):
 
     config.train = train = ConfigDict()
     train.load_checkpoint = True
+    train.allow_other_data = False  # continue a run on other data than it was trained on
     train.amp = True
     train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
     train.compile = False
@@ -127,6 +128,7 @@ def latent_config():
 
     config.train = train = ConfigDict()
     train.load_checkpoint = True
+    train.allow_other_data = False  # continue a run on other data than it was trained on
     train.amp = True
     train.precision = "auto"
     train.compile = False

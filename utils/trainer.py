@@ -80,9 +80,12 @@ class Trainer:
                             "set another run.experiment, or train.load_checkpoint=True to go on with it")
         saved, path = self.checkpoints.load(self.kind)
         check_same_architecture(saved["config"], self.config.to_dict(), path)
-        if saved["source"] != self.source:
-            raise UserError(f"{path} was trained on other data (the data set or the encoder has changed since); "
-                            "set another run.experiment")
+        if saved["source"] not in ("", self.source):  # empty: written before stage 1 recorded it
+            what = f"{path} was trained on other data (the data set or the encoder has changed since)"
+            if not self.config.train.allow_other_data:
+                raise UserError(f"{what}; restore them, set another run.experiment, or insist with "
+                                "train.allow_other_data=True")
+            logging.warning("%s; the best checkpoint stays the one that the other held-out images chose", what)
         load_weights(self.modules, saved["modules"], path)
         load_weights(self.ema.modules, saved["ema"], path)
         self.update.load_state_dict(saved["update"])

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from pathlib import Path
 
 from data.images import UNREADABLE, image_size, load_image
 from utils.errors import UserError
@@ -16,7 +17,7 @@ class ImageDataset:
     size       (H, W) of the images returned
     channels   1 or 3
 
-    A subclass has a `name`, sets `keys`, one per image, and defines `_open(key)` and `_version()`.
+    A subclass has a `name`, sets `keys`, one per image, and defines `_open(key)`.
 
     An unreadable image is replaced by the next readable one, because one bad file should not end a training run of
     days. UserError is raised once more than one image and more than 1 % of the set were unreadable. Every worker
@@ -25,11 +26,13 @@ class ImageDataset:
 
     name = None  # in the registry
     flips = True  # training also shows mirror images
+    sampled = 256  # images whose contents enter a fingerprint
     in_memory = False  # items are cached on first use, so worker processes would only repeat the work
 
     def __init__(self, root, train, size, channels):
         self.root, self.train, self.size, self.channels = root, train, tuple(size), channels
         self.keys = []
+        self._fingerprint = None
         self._unreadable = set()
 
     def __len__(self):
@@ -68,12 +71,19 @@ class ImageDataset:
         return f"{self.name}: {len(self)} {part} images of {height}x{width}, {self.channels} channels, {self.root}"
 
     def fingerprint(self):
-        """32 hex digits that change when the images do: the key of caches computed from them."""
-        digest = hashlib.blake2b(digest_size=16)
-        facts = (self.name, os.path.abspath(self.root), self.train, self.size, self.channels, len(self))
-        for fact in (*facts, *self._version()):
-            digest.update(repr(fact).encode() + b"\n")
-        return digest.hexdigest()
+        """32 hex digits that identify the images: the same files elsewhere have the same fingerprint.
+
+        It is a digest of the names of all files relative to the root, of their sizes, and of the contents of at most
+        `sampled` files, evenly spaced: reading all would take minutes. Dates do not enter it.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for fact in (self.name, self.train, self.size, self.channels, self.keys, *self._version()):
+                digest.update(repr(fact).encode() + b"\n")
+            for index in spread(len(self), self.sampled):
+                digest.update(hashlib.blake2b(self._content(index)).digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def label(self, index):
         """Name of image `index` in messages."""
@@ -85,8 +95,16 @@ class ImageDataset:
         raise NotImplementedError
 
     def _version(self):
-        """Facts that change when the contents do."""
-        raise NotImplementedError
+        """Facts about all images, such as sizes, that are quick to read and change when the images do."""
+        return ()
+
+    def _content(self, index):
+        """The bytes of image `index`; none if they cannot be read."""
+        source = self._open(self.keys[index])
+        try:
+            return Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else source.read()
+        except OSError:
+            return b""
 
     def _note_unreadable(self, index, error):
         if not self._unreadable:
@@ -97,6 +115,11 @@ class ImageDataset:
             raise UserError(f"data.root_dir='{self.root}': {len(self._unreadable)} of {len(self)} images cannot be "
                             f"read, for example {self.label(index)} ({error}); at most 1 % may be unreadable, so "
                             "repair or remove such files")
+
+
+def spread(count, most):
+    """At most `most` of the indices 0 to count − 1, evenly spaced."""
+    return [i * count // min(count, most) for i in range(min(count, most))]
 
 
 def too_many_unreadable(count, total):

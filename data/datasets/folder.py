@@ -44,8 +44,7 @@ class Folder(ImageDataset):
 
     def _version(self):
         for key in self.keys:
-            status = os.stat(os.path.join(self.folder, key))
-            yield key, status.st_size, status.st_mtime_ns
+            yield os.path.getsize(os.path.join(self.folder, key))
 
 
 class FFHQ(Folder):

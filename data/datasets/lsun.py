@@ -27,7 +27,3 @@ class Churches(ImageDataset):
 
     def _open(self, key):
         return io.BytesIO(self._reader.get(key))
-
-    def _version(self):
-        status = os.stat(os.path.join(self._reader.path, "data.mdb"))
-        return status.st_size, status.st_mtime_ns

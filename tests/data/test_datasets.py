@@ -12,6 +12,8 @@ import torch
 from data.datasets import DATASETS, build_dataset
 from data.datasets import lmdb as lmdb_reader
 from tests.data.layouts import config, picture, write_folder, write_lsun
+from tests.scripts import only_line, run_script
+from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.errors import UserError
 
 
@@ -52,12 +54,29 @@ def test_size_and_channels(layout):
     assert build_dataset(layout, True)[0].shape == (1, 16, 16)
 
 
-def test_fingerprint_changes_with_what_is_returned_and_only_then(layout):
+def test_a_fingerprint_identifies_the_images_and_not_their_place(layout, tmp_path):
     key = build_dataset(layout, True).fingerprint()
-    assert key == build_dataset(layout, True).fingerprint() and len(key) == 32
-    assert key != build_dataset(layout, True, 8).fingerprint()
-    layout.data.channels = 1
-    assert key != build_dataset(layout, True).fingerprint()
+    assert len(key) == 32 and key != build_dataset(layout, True, 8).fingerprint()
+    shutil.copytree(layout.data.root_dir, tmp_path / "copy")  # with new dates
+    copy = layout.copy_and_resolve_references()
+    copy.data.root_dir = str(tmp_path / "copy")
+    assert build_dataset(copy, True).fingerprint() == key
+    copy.data.channels = 1
+    assert build_dataset(copy, True).fingerprint() != key
+
+
+@pytest.mark.parametrize("change", ["content", "name", "one more"])
+def test_a_fingerprint_changes_with_the_files(tmp_path, change):
+    names = write_folder(tmp_path, 3)
+    key = build_dataset(config("folder", tmp_path), True).fingerprint()
+    if change == "name":
+        (tmp_path / names[0]).rename(tmp_path / "other.png")
+    elif change == "one more":
+        picture(9).save(tmp_path / "00000_.png")
+    else:
+        content = (tmp_path / names[0]).read_bytes()
+        (tmp_path / names[0]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    assert build_dataset(config("folder", tmp_path), True).fingerprint() != key
 
 
 def test_a_data_set_survives_pickling(layout):
@@ -73,14 +92,6 @@ def test_folder_reads_pixels_in_sorted_order_and_holds_out_the_last(tmp_path):
     cfg = config("folder", tmp_path, 20)
     assert torch.equal(torch.stack(list(build_dataset(cfg, True))), torch.stack([expected(0), expected(1)]))
     assert torch.equal(build_dataset(cfg, False)[0], expected(2))
-
-
-def test_fingerprint_of_files_changes_when_one_does(tmp_path):
-    names = write_folder(tmp_path, 3)
-    cfg = config("folder", tmp_path)
-    key = build_dataset(cfg, True).fingerprint()
-    os.utime(tmp_path / names[0], (1, 1))
-    assert build_dataset(cfg, True).fingerprint() != key
 
 
 def test_ffhq_passes_over_other_kinds_of_files(tmp_path):
@@ -238,3 +249,23 @@ def test_a_forked_worker_can_read_what_its_parent_has_open(tmp_path):
     with os.fdopen(read_end, "rb") as stream:
         assert stream.read() == b"\0" + here.numpy().tobytes()
     assert torch.equal(dataset[1], here)
+
+
+def test_a_run_continues_on_the_same_data_elsewhere_and_refuses_others(tmp_path, caplog):
+    write_folder(tmp_path / "data", 22)
+    ae = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
+    latent = write_config_file(tiny_latent_config(tmp_path), tmp_path / "latent.py")
+    for script, command, field in (("train_inf_ae_diffusion.py", ["--config", ae], "--config"),
+                                   ("train_latent_diffusion.py", ["--config", latent, "--decoder_config", ae],
+                                    "--decoder_config")):
+        assert run_script(script, *command).code == 0
+        command = [*command, f"{field}.data.root_dir={tmp_path / 'copy'}", "--config.train.max_steps=5"]
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        assert run_script(script, *command).code == 0
+        picture(99).save(tmp_path / "copy" / "00003.png")
+        command[-1] = "--config.train.max_steps=6"
+        assert "was trained on other data" in only_line(run_script(script, *command))
+        done = run_script(script, *command, "--config.train.allow_other_data=True")
+        assert done.code == 0 and "was trained on other data" in caplog.text
+        caplog.clear()
