@@ -1,13 +1,13 @@
-r"""Train and score variants of a config on a budget: one table, in results.md, .csv, .json and .png.
+r"""Train and score variants of a config within a budget: one table, in results.md, .csv, .json and .png.
 
     python experiments/ablate.py --config configs/ffhq_128_config.py --steps 100000 --output ablations
     python experiments/ablate.py --config configs/demo_config.py --minutes 1 --axes subsampling,kernel \
         --feature_model efficientnet_lite0
 
-The axes are the functions of configs/ablations.py. Each variant is trained by train_inf_ae_diffusion.py, in its own
-process, and then judged on held-out images: by the error of its estimate of x_0 (experiments/metrics/images.py), and by
-its reconstructions (PSNR after the same blur for all, KID). The same command goes on where it was stopped. What has
-its result is not run again, and more axes can be added. Fields given as --config.… hold for all variants.
+The axes are the functions of configs/ablations.py. Every variant is trained by train_inf_ae_diffusion.py in its own
+process, and then scored on held-out images: by the denoising error (docs/method.md, 7.4) and by its reconstructions
+(PSNR after the same blur for all variants, KID). The same command resumes an interrupted ablation; variants with a
+result are not run again, and axes can be added. Fields given as --config.… apply to all variants.
 """
 
 import json
@@ -20,7 +20,6 @@ from absl import flags
 
 from configs import ablations
 from data.datasets import build_dataset
-from diffusion.samplers import SAMPLERS
 from experiments.lib.ablation_runs import (
     FirstImages,
     check_runs,
@@ -30,7 +29,7 @@ from experiments.lib.ablation_runs import (
     steps_in,
     train,
 )
-from experiments.lib.applications import check_finite
+from experiments.lib.common_flags import float_flag, sampler_flag, steps_flag
 from experiments.lib.plots import write_results
 from experiments.metrics.features import NETWORKS, build_feature_model
 from utils import cli, config
@@ -38,14 +37,13 @@ from utils.device import environment, resolve_device
 from utils.errors import UserError
 from utils.files import check_writable, read_json, replacing
 
-CONFIG = config.define_config_flag("config", "config of the base, whose fields the variants change")
-AXES = flags.DEFINE_list("axes", list(ablations.AXES), "which axes of configs/ablations.py")
+CONFIG = config.define_config_flag("config", "base config, whose fields the variants change")
+AXES = flags.DEFINE_list("axes", list(ablations.AXES), "axes of configs/ablations.py")
 STEPS = flags.DEFINE_integer("steps", None, "training steps of a variant", lower_bound=10)
-MINUTES = flags.DEFINE_float("minutes", None, "training time of a variant, in place of steps", lower_bound=0.05)
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "held-out images to judge by, or all there are", lower_bound=4)
-SAMPLER = flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are decoded")
-SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
-FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS), "network for KID's features")
+MINUTES = float_flag("minutes", None, "training time of a variant, instead of --steps", low=0.05)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "largest number of held-out images to score", lower_bound=4)
+SAMPLER, SAMPLING_STEPS = sampler_flag(), steps_flag()
+FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS), "network of the features for KID")
 WEIGHTS = flags.DEFINE_string("weights", None, "file with the weights of the feature network")
 DOWNLOAD = flags.DEFINE_bool("download", False, "download the weights if they are not on this machine")
 OUTPUT = flags.DEFINE_string("output", "ablations", "folder for the runs and the table")
@@ -72,8 +70,6 @@ def main():
     base = config.read_autoencoder_config(CONFIG)
     if (STEPS.value is None) == (MINUTES.value is None):
         raise UserError("give the budget of a variant either as --steps or as --minutes")
-    if MINUTES.value is not None:
-        check_finite(MINUTES)
     if (unknown := set(AXES.value) - set(ablations.AXES)) or not AXES.value:
         raise UserError(f"--axes={','.join(sorted(unknown))} is unknown; choose from {','.join(ablations.AXES)}")
     output = Path(OUTPUT.value)
@@ -94,12 +90,12 @@ def main():
         write_table(output, variants)
     print(f"results: {output / 'results.md'}")
     if failed:
-        print(f"error: training failed for {'; '.join(failed)}; the same command tries again", file=sys.stderr)
+        print(f"error: training failed for {'; '.join(failed)}; the same command retries", file=sys.stderr)
         sys.exit(1)
 
 
 def check_settings(path, base):
-    """Keep what all results of a folder have in common; UserError where it holds results of something else."""
+    """Record what all results of a folder have in common; UserError if it holds results with other settings."""
     settings = {"config": base.to_dict(), **{flag.name: flag.value for flag in (
         STEPS, MINUTES, NUM_SAMPLES, SAMPLER, SAMPLING_STEPS, FEATURE_MODEL)}}
     for field in ("output_dir", "experiment"):
@@ -113,11 +109,11 @@ def check_settings(path, base):
     different = [name for name in settings if saved.get(name) != settings[name]]
     if different:
         raise UserError(f"--output={OUTPUT.value} holds results with another {' and another '.join(different)}; choose "
-                        "another folder, or give the command that it was made with")
+                        "another folder, or repeat the command that wrote them")
 
 
 def run(variant, variant_config, heldout, network):
-    """Train and judge a variant, unless its result is there; whether it is now."""
+    """Train and score a variant, unless it has a result; True if it has one now."""
     record = config.run_dir(variant_config) / "result.json"
     if record.exists():
         return True
@@ -125,14 +121,14 @@ def run(variant, variant_config, heldout, network):
     steps = STEPS.value or steps_in(MINUTES.value, variant_config, variant.changes, arguments)
     if steps is None or not train(variant_config, variant.changes, arguments, steps):
         return False
-    found = evaluate(variant_config, heldout, SAMPLER.value, SAMPLING_STEPS.value, network)
+    scores = evaluate(variant_config, heldout, SAMPLER.value, SAMPLING_STEPS.value, network)
     with replacing(record) as temporary:
-        temporary.write_text(json.dumps({**found, "commit": environment()["commit"]}, indent=2) + "\n")
+        temporary.write_text(json.dumps({**scores, "commit": environment()["commit"]}, indent=2) + "\n")
     return True
 
 
 def write_table(output, variants):
-    """results.* of the variants that have a result."""
+    """Write results.* of the variants that have a result."""
     rows = [{"axis": variant.axis, "variant": variant.name,
              "changes": " ".join(f"{name}={value}" for name, value in variant.changes.items()),
              **json.loads(record.read_text())}

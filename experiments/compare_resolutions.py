@@ -1,11 +1,11 @@
-r"""How far samples of one model at different sizes are the same images, and a window that part of the whole.
+r"""Compare samples at several resolutions: are they the same images?
 
     python experiments/compare_resolutions.py --reference demo/samples_1x --samples demo/samples_2x,demo/samples_4x \
         [--output comparison.json]
 
-Folders are those of generate_samples.py. The larger image of a pair is reduced to the size of the smaller one, with an
-antialiasing filter, and a window is compared with that part of the reference, which then has to be of the size that the
-window is of. Prints the PSNR in dB, of 8-bit images, and beside it that of images that do not belong together.
+The folders are those of generate_samples.py. The larger image of a pair is reduced to the size of the smaller one, with
+antialiasing. A window is compared with its part of the reference, which must have the size of the whole image. Prints
+the PSNR in dB of 8-bit images and, as a baseline, the PSNR of different images.
 """
 
 import json
@@ -24,38 +24,30 @@ from utils.errors import UserError
 from utils.files import check_output_file, replacing
 
 REFERENCE = flags.DEFINE_string("reference", None, "folder of images")
-SAMPLES = flags.DEFINE_list("samples", None, "folders to compare with it: the first of each have to be the same images")
-OUTPUT = flags.DEFINE_string("output", None, "also write the figures to this JSON file")
+SAMPLES = flags.DEFINE_list("samples", None, "folders with the same images as the reference under the same names")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the scores")
 
 
-def read_folder(flag, folder):
-    """({name: place}, SampleFolder) of a folder that generate_samples.py has written."""
-    if not folder or len(list(Path(folder).glob("*.png"))) < 2:
-        raise UserError(f"--{flag}={folder} must be a folder with two images or more, from generate_samples.py")
-    made = SampleFolder(folder)
-    return {path.name: place for place, path in enumerate(made.files) if path.parent == made.folder}, made
-
-
-def pair(reference, image, window):
-    """What is to be the same in two uint8 images [C, H, W]: as float64, of one size."""
-    reference, image = reference.double(), image.double()
-    if window:
-        (top, bottom), (left, right) = window
-        reference = reference[:, top:bottom, left:right]
-    small = min(reference.shape[1:], image.shape[1:], key=lambda size: size[0] * size[1])
-    return [one if one.shape[1:] == small else _reduced(one, small) for one in (reference, image)]
-
-
-def _reduced(image, size):
-    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 255)
+def main():
+    if not SAMPLES.value:
+        raise UserError("--samples is missing; give one folder or more, separated by commas")
+    check_output_file(OUTPUT.value, "output")
+    scores = [compare(REFERENCE.value, folder) for folder in SAMPLES.value]
+    for row in scores:
+        print("{folder}: {count} images of {0}x{1}, PSNR {psnr:.2f} dB (lowest {least_psnr:.2f}; of different images "
+              "{psnr_of_others:.2f})".format(*row["size"], **row))
+    if OUTPUT.value:
+        with replacing(OUTPUT.value) as temporary:
+            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 def compare(reference, folder):
-    """Figures for a folder: count, size, mean and least PSNR, and the mean PSNR of each image with the next one."""
+    """Scores of a folder: number and size of images, mean and lowest PSNR, and mean PSNR of each image against the
+    reference of another."""
     originals, whole = read_folder("reference", reference)
-    images, made = read_folder("samples", folder)
+    images, part = read_folder("samples", folder)
     names = [name for name in images if name in originals]
-    window, size, whole_size = made.settings.get("window"), made.settings.get("size"), whole.settings.get("size")
+    window, size, whole_size = part.settings.get("window"), part.settings.get("size"), whole.settings.get("size")
     if len(names) < 2:
         raise UserError(f"--samples={folder} and --reference={reference} have fewer than two images in common")
     if window and whole_size != size:
@@ -63,24 +55,32 @@ def compare(reference, folder):
                         f"are of images of {size}")
     same, other = [], []
     for place, name in enumerate(names):
-        image = made[images[name]]
-        same.append(psnr(*pair(whole[originals[name]], image, window)))
-        other.append(psnr(*pair(whole[originals[names[place - 1]]], image, window)))
+        image = part[images[name]]
+        same.append(psnr(*to_one_size(whole[originals[name]], image, window)))
+        other.append(psnr(*to_one_size(whole[originals[names[place - 1]]], image, window)))
     return {"folder": str(folder), "size": list(image.shape[1:]), "count": len(names), "psnr": sum(same) / len(same),
             "least_psnr": min(same), "psnr_of_others": sum(other) / len(other)}
 
 
-def main():
-    if not SAMPLES.value:
-        raise UserError("--samples is missing; give one folder or more, separated by commas")
-    check_output_file(OUTPUT.value, "output")
-    figures = [compare(REFERENCE.value, folder) for folder in SAMPLES.value]
-    for row in figures:
-        print(f"{row['folder']}: {row['count']} images of {row['size'][0]}x{row['size'][1]}, PSNR {row['psnr']:.2f} dB "
-              f"(least {row['least_psnr']:.2f}; of images that do not belong together {row['psnr_of_others']:.2f})")
-    if OUTPUT.value:
-        with replacing(OUTPUT.value) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n")
+def read_folder(flag, folder):
+    """({file name: index}, SampleFolder) of a folder of generate_samples.py."""
+    if not folder or len(list(Path(folder).glob("*.png"))) < 2:
+        raise UserError(f"--{flag}={folder} must be a folder with two images or more, from generate_samples.py")
+    samples = SampleFolder(folder)
+    return {path.name: index for index, path in enumerate(samples.files) if path.parent == samples.folder}, samples
+
+
+def to_one_size(reference, image, window):
+    """Both uint8 images [C, H, W] as float64 of one size; of the reference only the window ((top, bottom), (left,
+    right)), unless it is None."""
+    reference, image = reference.double(), image.double()
+    if window:
+        (top, bottom), (left, right) = window
+        reference = reference[:, top:bottom, left:right]
+    smaller = min(reference.shape[1:], image.shape[1:], key=lambda size: size[0] * size[1])
+    return [one if one.shape[1:] == smaller else
+            F.interpolate(one[None], smaller, mode="bicubic", antialias=True)[0].clamp(0, 255)
+            for one in (reference, image)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the EMA weights of a run as safetensors, with the config and the latents' statistics, to share or to archive.
+"""Write the EMA weights of a run as safetensors, with the config and, for a latent model, the mean and std of latents.
 
     python experiments/export_weights.py --config configs/ffhq_256_config.py [--which best] [--output FILE]
 
-Of an autoencoder it is weights.safetensors in the run's folder, of a latent model latent_weights.safetensors. Every
-script that needs a trained model takes these where the folder of the run holds no checkpoint.
+The default file is weights.safetensors, or latent_weights.safetensors for a latent model, in the folder of the run.
+Scripts load it if that folder has no checkpoint.
 """
 
 import sys
@@ -20,8 +20,8 @@ from utils.errors import UserError
 from utils.files import check_output_file
 
 CONFIG = config.define_config_flag("config", "config of a trained autoencoder or latent model")
-WHICH = flags.DEFINE_enum("which", None, ["newest", "best"], "which checkpoint; default: the one that is sampled from, "
-                          "the newest of an autoencoder and the best of a latent model")
+WHICH = flags.DEFINE_enum("which", None, ["newest", "best"], "checkpoint to export; default: the newest of an "
+                          "autoencoder, the best of a latent model, as for sampling")
 OUTPUT = flags.DEFINE_string("output", None, "the file to write; default: in the folder of the run")
 
 
@@ -39,8 +39,8 @@ def main():
     saved = load_trained(run / (name if (WHICH.value or which) == "newest" else f"best_{name}"), kind, cfg)
     save_weights(output, saved)
     count = sum(tensor.numel() for tensor in saved["ema"].values())
-    print(f"{output}: {count / 1e6:.2f} M parameters of step {saved['step']}; to use it, put it as "
-          f"{prefix}weights.safetensors into the folder of a run without a checkpoint, <output_dir>/<experiment>/")
+    print(f"{output}: {count / 1e6:.2f} M parameters of step {saved['step']}; to use the file, copy it to "
+          f"<output_dir>/<experiment>/{prefix}weights.safetensors")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ r"""Sample a folder of images, 00000.png, 00001.png, …, at any resolution.
         --decoder_config configs/ffhq_256_config.py [--sample_img_size 512] [--num_samples 64] [--output samples/512] \
         [--window 0.25 0.25 0.5 0.5]
 
-A model without an encoder (model.z_dim=0) has no latent model; its own config is then --config.
-Image i is a function of run.seed and i: it does not depend on the batch size, or on the number of processes where
-torchrun starts several. A run that was stopped continues when the same command is given again.
+A model without an encoder (model.z_dim=0) has no latent model; give its own config as --config.
+Image i is a function of run.seed and i: it does not depend on the batch size or, under torchrun, on the number of
+processes. The same command resumes an interrupted run.
 """
 
 import sys
@@ -19,14 +19,13 @@ from absl import flags
 from experiments.lib.sampling import define_sampling_flags, make_samples
 from utils import cli, config, distributed
 
-CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or that of a "
+CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or config of a "
                                    "model without an encoder")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
 OPTIONS = define_sampling_flags()
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many images; default: data.fid_samples",
-                                   lower_bound=1)
-WINDOW = flags.DEFINE_string("window", None, "x0 y0 x1 y1, fractions of the image: sample this part of it alone, at "
-                             "the resolution of --sample_img_size")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "number of images; default: data.fid_samples", lower_bound=1)
+WINDOW = flags.DEFINE_string("window", None, "x0 y0 x1 y1, fractions of the image: sample this part only, at the "
+                             "resolution of --sample_img_size")
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: samples/<experiment>_<size>")
 
 

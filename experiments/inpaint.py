@@ -1,10 +1,10 @@
-"""Fill in the unknown pixels of images, by reconstruction guidance (METHOD, applications) and resampling.
+"""Fill in the unknown pixels of images, by reconstruction guidance (docs/method.md, 6.1) and resampling.
 
     python experiments/inpaint.py --config configs/ffhq_256_config.py --mask centre [--guidance 1] [--jumps 3]
 
-Of held-out images, or those of --input. z is the encoding of the known pixels alone or, with --latent_config, a sample.
-Writes <output>/originals, masked, generated (as sampled) and results (with the known pixels put back), grid.png and
-scores.json. Image i is a function of run.seed and i, and a run that was stopped continues.
+The images are held out, or those of --input. z is the encoding of the known pixels or, with --latent_config, a sample.
+Writes <output>/originals, masked, generated (as sampled) and results (with the known pixels restored), grid.png and
+scores.json. Image i is a function of run.seed and i. The same command resumes an interrupted run.
 """
 
 import sys
@@ -17,90 +17,93 @@ from absl import flags
 
 from data.images import read_image
 from data.loader import to_float
-from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
-from diffusion.sampling import decode, encode, images_at_once
-from experiments.lib.applications import check_finite, latent_sampler, read_images, write_scores
-from experiments.lib.image_folders import ImageFolder
-from experiments.lib.image_grid import save_sheet
+from diffusion.sampling import images_at_once
+from experiments.lib.applications import (
+    latent_sampler,
+    open_folders,
+    read_images,
+    save_batch,
+    write_grid,
+    write_scores,
+)
+from experiments.lib.common_flags import float_flag, input_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.masks import KINDS, make_masks
-from experiments.lib.sampling import MAX_POINTS
+from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import psnr, roughness
-from models.load import autoencoder_path, load_autoencoder
-from utils import cli, config, rng
-from utils.checkpoint import identity
-from utils.device import autocast, resolve_device, resolve_dtype
+from utils import cli, config
 from utils.errors import UserError
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
-LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: z from its model instead of the encoder")
-MASK = flags.DEFINE_string("mask", "centre", f"what is unknown: {', '.join(KINDS)}, or a PNG whose white is unknown")
-GUIDANCE = flags.DEFINE_float("guidance", 1.0, "lambda of the reconstruction guidance; 0 for none", lower_bound=0.0,
-                              upper_bound=1e6)
-CONSISTENCY = flags.DEFINE_float("consistency", 1.0, "how far the estimate of each step is moved to the known pixels: "
-                                 "0 not, 1 all the way", lower_bound=0.0, upper_bound=1.0)
-JUMPS = flags.DEFINE_integer("jumps", 0, "how often each step is taken back and done again", lower_bound=0)
-STEPS = flags.DEFINE_integer("sampling_steps", 100, "steps of DDIM", lower_bound=1)
-SIZE = flags.DEFINE_string("sample_img_size", None, "side of held-out images in pixels, or HEIGHTxWIDTH; default: the "
-                           "training resolution")
-INPUT = flags.DEFINE_string("input", None, "folder of images of one size, in place of held-out ones")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "how many images at most", lower_bound=1)
+LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: sample z from its model")
+MASK = flags.DEFINE_string("mask", "centre", f"unknown pixels: {', '.join(KINDS)}, or a PNG whose white is unknown")
+GUIDANCE = float_flag("guidance", 1.0, "lambda of reconstruction guidance; 0 for none", high=1e6)
+CONSISTENCY = float_flag("consistency", 1.0, "share of the known pixels in the estimate of each step: 0 for none, 1 "
+                         "for exactly the known pixels", high=1.0)
+JUMPS = flags.DEFINE_integer("jumps", 0, "repetitions of each step, each after fresh noise", lower_bound=0)
+STEPS = steps_flag()
+SIZE = size_flag("held-out images")
+INPUT = input_flag()
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "largest number of images", lower_bound=1)
+MAX_POINTS = max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: inpainting/<experiment>_<mask>")
-FOLDERS = ("originals", "masked", "generated", "results")
-SHOWN = 8  # rows of the grid
 
 
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
-    check_finite(GUIDANCE, CONSISTENCY)
-    diffusion = build_diffusion(cfg, STEPS.value)
-    device = resolve_device(cfg.run.device)
-    dtype = resolve_dtype(cfg.train, device)
-    images, source = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
-    total, channels, *size = images.shape
+    images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
+    total, _, *size = images.shape
     known = make_masks(MASK.value, size, range(total), cfg.run.seed)
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
         raise UserError(f"--mask={MASK.value} leaves fewer known pixels than model.knn_neighbours="
                         f"{cfg.model.knn_neighbours}; use another mask")
-    modules = load_autoencoder(cfg, device).requires_grad_(False)  # guidance needs gradients of the state alone
-    draw_z, latent_model = latent_sampler(LATENT_CONFIG, cfg, device, modules["encoder"])
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
+    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
+    autoencoder.check_size(size)
+    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
-    settings = {**source, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
+    settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
                 "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": STEPS.value, "seed": cfg.run.seed,
-                "decoder": identity(autoencoder_path(cfg)), "latent_model": latent_model}
-    folders = {name: ImageFolder(output / name, total, settings, output) for name in FOLDERS}
+                "decoder": autoencoder.identity, "latent_model": latent_model}
+    folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
-    at_once = images_at_once(cfg.train.sample_size, size, MAX_POINTS)
-    for indices, progress in folders["results"].missing_batches(at_once, evaluations=STEPS.value):
-        truth, mask = to_float(images[indices]).to(device), known[indices].to(device)
-        constraint = Constraint(KnownPixels(mask), mask * truth, diffusion.mollifier)
-        generators = rng.sample_generators(device, indices, cfg.run.seed, "inpainting")
-        with autocast(device, dtype):
-            z = draw_z(indices) if draw_z else encode(modules["encoder"], truth, mask)
-            generated = decode(
-                modules["decoder"], diffusion, z, size, generators=generators, channels=channels, progress=progress,
-                path=lambda denoise, x, constraint=constraint, generators=generators: guided_ddim(
-                    denoise, x, diffusion.schedule, constraint, GUIDANCE.value, CONSISTENCY.value, JUMPS.value,
-                    generators, diffusion.mollifier.noise_like))
-        pictures = (truth, torch.where(mask, truth, 1.0), generated, constraint.enforce(generated))
-        for folder, batch in zip(folders.values(), pictures, strict=True):
-            folder.save(indices, batch)
+    batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
+    for indices, progress in folders["results"].missing_batches(batch_size, STEPS.value):
+        truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
+        constraint = Constraint(KnownPixels(mask), mask * truth, autoencoder.diffusion.mollifier)
+        z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)
+        generated = inpaint(autoencoder, z, constraint, size, autoencoder.generators(indices, "inpainting"), progress)
+        save_batch(folders, indices, {"originals": truth, "masked": torch.where(mask, truth, 1.0),
+                                      "generated": generated, "results": constraint.enforce(generated)})
 
     scores = score(folders, known)
-    write_scores(output / "scores.json", scores, settings)
-    shown = range(min(total, SHOWN))
-    save_sheet({name: [read_image(folder.file(i)) for i in shown] for name, folder in folders.items()},
-               output / "grid.png")
-    print(f"{total} images: PSNR {scores['psnr_known']:.2f} dB on known pixels before they are put back, "
-          f"{scores['psnr_unknown']:.2f} dB on unknown ones (their mean colour: "
+    write_scores(output, scores, settings)
+    write_grid(output, folders)
+    print(f"{total} images: PSNR {scores['psnr_known']:.2f} dB on known pixels before they are restored, "
+          f"{scores['psnr_unknown']:.2f} dB on unknown ones (mean colour instead: "
           f"{scores['psnr_unknown_of_mean_colour']:.2f}); texture {scores['texture']:.2f}, seam {scores['seam']:.2f}; "
           f"images in {output}")
 
 
+def inpaint(autoencoder, z, constraint, size, generators, progress):
+    """Samples [B, C, H, W] for latents z, guided towards the constraint."""
+    diffusion = autoencoder.diffusion
+
+    def path(denoise, x):
+        return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, CONSISTENCY.value, JUMPS.value,
+                           generators, diffusion.mollifier.noise_like)
+
+    return autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
+
+
 def score(folders, known):
-    """What the PNGs are worth: mean PSNR in dB, and of unknown regions the sums of absolute differences between
-    neighbouring pixels within them (texture) and across their border (seam), both as a multiple of the originals'."""
+    """Scores of the PNGs against the originals.
+
+    psnr_*         [dB], means over images, on known or unknown pixels
+    texture, seam  sums of absolute differences between neighbouring pixels, within the unknown regions and across their
+                   border, as multiples of those of the originals
+    """
     sums, rough = torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     for i, mask in enumerate(known):
         truth, generated, result = (read_image(folders[name].file(i)) for name in ("originals", "generated", "results"))

@@ -1,11 +1,11 @@
-"""Move through the latent space: between images or samples, and along the directions in which encodings vary most.
+"""Interpolate between latents of images or samples, and move along the principal directions of the latents.
 
     python experiments/interpolate.py --config configs/ffhq_256_config.py [--num_pairs 4] [--frames 9]
 
-Between held-out images, or those of --input, z goes from one encoding to the other, and the state the chain starts at
-from one inverted by DDIM to the other, so that the ends are the images again; with --latent_config between samples.
-Writes <output>/originals/, frames/ and directions/, these two also as sheets (PNG), animations (GIF) and strips, and
-scores.json.
+Between two images, held out or from --input, both z and the first state of the chain, found by DDIM inversion, are
+interpolated (docs/method.md, 6.3), so that the path starts and ends at the images. With --latent_config the path leads
+from one sample to another. Writes <output>/originals/, frames/ and directions/, the last two also as grids (PNG),
+animations (GIF) and strips, and scores.json.
 """
 
 import sys
@@ -20,45 +20,36 @@ from tqdm import tqdm
 from data.datasets import build_dataset
 from data.images import read_image
 from data.loader import to_float
-from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.sampling import encode, invert
 from experiments.lib.applications import (
     check_encoder,
-    check_finite,
-    encode_all,
+    encode_first,
     latent_sampler,
+    open_folders,
     read_images,
     write_scores,
 )
-from experiments.lib.image_folders import ImageFolder
+from experiments.lib.common_flags import float_flag, input_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.latent_paths import along, between, principal_directions, render, show
-from experiments.lib.sampling import MAX_POINTS
+from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import psnr
-from models.large_images import check_max_points
-from models.load import autoencoder_path, load_autoencoder
-from utils import cli, config, rng
-from utils.checkpoint import identity
-from utils.device import autocast, resolve_device, resolve_dtype
+from utils import cli, config
 from utils.errors import UserError
 from utils.images import to_uint8
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
-LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: between its samples instead of images")
-START = flags.DEFINE_enum("start", None, ["invert", "noise"], "the state the chain starts at: the one that DDIM leads "
-                          "to the image, or noise; default: invert, and noise for samples")
-PAIRS = flags.DEFINE_integer("num_pairs", 4, "how many pairs at most", lower_bound=1)
-FRAMES = flags.DEFINE_integer("frames", 9, "images on the way, ends included", lower_bound=2)
-DIRECTIONS = flags.DEFINE_integer("directions", 3, "how many principal directions; 0 leaves them out", lower_bound=0)
-REACH = flags.DEFINE_float("reach", 2.0, "standard deviations to go along them, each way", lower_bound=0.0,
-                           upper_bound=1000.0)
-ENCODINGS = flags.DEFINE_integer("encodings", 1000, "training images whose encodings give the mean and the directions",
-                                 lower_bound=2)
-STEPS = flags.DEFINE_integer("sampling_steps", 100, "steps of DDIM", lower_bound=1)
-SIZE = flags.DEFINE_string("sample_img_size", None, "side of the images in pixels, or HEIGHTxWIDTH; default: the "
-                           "training resolution")
-INPUT = flags.DEFINE_string("input", None, "folder of images of one size, instead of held-out ones")
-POINTS = flags.DEFINE_integer("max_points", MAX_POINTS, "pixels, of all images together, that the network takes at a "
-                              "time; fewer need less memory", lower_bound=1)
+LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: interpolate samples of its model")
+START = flags.DEFINE_enum("start", None, ["invert", "noise"], "first state of the chain: inverted from the image, or "
+                          "noise; default: invert for images, noise for samples")
+PAIRS = flags.DEFINE_integer("num_pairs", 4, "largest number of pairs", lower_bound=1)
+FRAMES = flags.DEFINE_integer("frames", 9, "images of a path, ends included", lower_bound=2)
+DIRECTIONS = flags.DEFINE_integer("directions", 3, "number of principal directions; 0 for none", lower_bound=0)
+REACH = float_flag("reach", 2.0, "length of a path along a direction, each way, in standard deviations", high=1000.0)
+ENCODINGS = flags.DEFINE_integer("encodings", 1000, "number of training images whose encodings give the mean and the "
+                                 "principal directions", lower_bound=2)
+STEPS = steps_flag()
+SIZE = size_flag("held-out images or samples")
+INPUT = input_flag()
+MAX_POINTS = max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: interpolation/<experiment>")
 
 
@@ -67,61 +58,58 @@ def main():
     samples = LATENT_CONFIG.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)
-    diffusion = build_diffusion(cfg, STEPS.value)
-    device = resolve_device(cfg.run.device)
-    size, images, source = config.parse_image_size(SIZE.value, cfg.data.img_size), None, {}
-    if not samples:
-        images, source = read_images(cfg, INPUT.value, SIZE.value, 2 * PAIRS.value)
-        size = tuple(images.shape[-2:])
-    pairs = PAIRS.value if samples else len(images) // 2
+    if samples:
+        images, origin, pairs = None, {}, PAIRS.value
+        size = config.parse_image_size(SIZE.value, cfg.data.img_size)
+    else:
+        images, origin = read_images(cfg, INPUT.value, SIZE.value, 2 * PAIRS.value)
+        size, pairs = tuple(images.shape[-2:]), len(images) // 2
     if pairs == 0:
-        raise UserError("there is one image and none to go to; give two or more")
+        raise UserError("a path needs two images, and there is only one; give more")
     train_set = build_dataset(cfg, train=True)
-    modules = load_autoencoder(cfg, device)
-    encoder, decoder = modules["encoder"], modules["decoder"]
-    check_max_points(decoder, size, POINTS.value)
-    draw_z, latent_model = latent_sampler(LATENT_CONFIG, cfg, device, encoder)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
+    autoencoder.check_size(size)
+    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 
     output = Path(OUTPUT.value or f"interpolation/{cfg.run.experiment}")
-    settings = {**source, "size": list(size), "start": start, "frames": FRAMES.value, "steps": STEPS.value,
+    settings = {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "steps": STEPS.value,
                 "directions": DIRECTIONS.value, "reach": REACH.value, "encodings": ENCODINGS.value,
-                "seed": cfg.run.seed, "decoder": identity(autoencoder_path(cfg)), "latent_model": latent_model}
-    counts = {"originals": 0 if samples else 2, "frames": FRAMES.value, "directions": DIRECTIONS.value * FRAMES.value}
-    folders = {name: ImageFolder(output / name, pairs * count, settings, output)
-               for name, count in counts.items() if count}
+                "seed": cfg.run.seed, "decoder": autoencoder.identity, "latent_model": latent_model}
+    counts = {"originals": 0 if samples else 2 * pairs, "frames": pairs * FRAMES.value,
+              "directions": pairs * DIRECTIONS.value * FRAMES.value}
+    folders = open_folders(output, {name: count for name, count in counts.items() if count}, settings)
 
-    ends = []
-    with autocast(device, resolve_dtype(cfg.train, device)):
-        found = principal_directions(encode_all(encoder, train_set, ENCODINGS.value, cfg.train.sample_size, device),
-                                     DIRECTIONS.value)
-        for index in tqdm(torch.arange(2 * pairs).split(cfg.train.sample_size), desc="ends", unit="batch"):
-            if samples:
-                batch, z = torch.empty(len(index), cfg.data.channels, *size, device=device), draw_z(index)
-            else:
-                batch = to_float(images[index]).to(device)
-                z = encode(encoder, batch, max_points=POINTS.value)
-                folders["originals"].save(index.tolist(), batch)
-            if start == "invert":
-                x = invert(decoder, diffusion, batch, z, max_points=POINTS.value)
-            else:
-                x = diffusion.mollifier.noise_like(batch, rng.sample_generators(device, index, cfg.run.seed, "image"))
-            ends += zip(z, x, strict=True)
-        firsts, lasts = ends[::2], ends[1::2]
-        ways = [(between(z_a, z_b, FRAMES.value, found.mean), between(x_a, x_b, FRAMES.value))
-                for (z_a, x_a), (z_b, x_b) in zip(firsts, lasts, strict=True)]
-        lines = [(along(z, std * direction, REACH.value, FRAMES.value), x.expand(FRAMES.value, *x.shape))
-                 for z, x in firsts for direction, std in zip(found.directions, found.std, strict=True)]
-        for name, walks in (("frames", ways), ("directions", lines)):
-            if walks:
-                render(folders[name], walks, decoder, diffusion, cfg.train.sample_size, POINTS.value)
+    principal = principal_directions(encode_first(autoencoder, train_set, ENCODINGS.value), DIRECTIONS.value)
+    ends = []  # (z [Z], first state [C, H, W]) of each image or sample
+    for index in tqdm(torch.arange(2 * pairs).split(cfg.train.sample_size), desc="ends", unit="batch"):
+        if samples:
+            z, batch = draw_latents(index), torch.empty(len(index), cfg.data.channels, *size, device=autoencoder.device)
+        else:
+            batch = to_float(images[index]).to(autoencoder.device)
+            z = autoencoder.encode(batch)
+            folders["originals"].save(index.tolist(), batch)
+        if start == "invert":
+            x = autoencoder.invert(batch, z)
+        else:
+            x = autoencoder.diffusion.mollifier.noise_like(batch, autoencoder.generators(index, "image"))
+        ends += zip(z, x, strict=True)
+    firsts, lasts = ends[::2], ends[1::2]
+    paths = {"frames": [(between(z_a, z_b, FRAMES.value, principal.mean), between(x_a, x_b, FRAMES.value))
+                        for (z_a, x_a), (z_b, x_b) in zip(firsts, lasts, strict=True)],
+             "directions": [(along(z, std * direction, REACH.value, FRAMES.value), x.expand(FRAMES.value, *x.shape))
+                            for z, x in firsts
+                            for direction, std in zip(principal.directions, principal.std, strict=True)]}
+    for name, walks in paths.items():
+        if walks:
+            render(folders[name], walks, autoencoder)
 
-    scores = {"explained_variance": found.share.tolist()}
+    scores = {"explained_variance": principal.share.tolist()}
     if not samples:
-        scores |= closeness(folders["frames"], images[:2 * pairs], diffusion.mollifier)
-    write_scores(output / "scores.json", {"pairs": pairs, **scores}, settings)
+        scores |= score_ends(folders["frames"], images[:2 * pairs], autoencoder.diffusion.mollifier)
+    write_scores(output, {"pairs": pairs, **scores}, settings)
     originals = () if samples else (("from", list(images[::2][:pairs])), ("to", list(images[1::2])))
     show(folders["frames"], [f"{share:.2f}" for share in torch.linspace(0, 1, FRAMES.value)], pairs, *originals)
-    if lines:
+    if "directions" in folders:
         steps = torch.linspace(-REACH.value, REACH.value, FRAMES.value)
         show(folders["directions"], [f"{step:+.1f} std" for step in steps], DIRECTIONS.value)
     print(f"{pairs} pairs in {output}" + "".join(f" · {name} {value:.2f} dB" for name, value in scores.items()
@@ -129,19 +117,18 @@ def main():
 
 
 def check_flags(cfg, samples):
-    """What is impossible or does not go together."""
+    """UserError for flags that contradict each other or the model."""
     check_encoder(cfg)
-    check_finite(REACH)
     if samples and (INPUT.value is not None or START.value == "invert"):
-        raise UserError("--input and --start=invert need images, and with --latent_config the ends are samples; leave "
-                        "one out")
+        raise UserError("--input and --start=invert need images, and --latent_config interpolates samples; leave one "
+                        "out")
     if DIRECTIONS.value > cfg.model.z_dim:
-        raise UserError(f"--directions={DIRECTIONS.value} are more than model.z_dim={cfg.model.z_dim} has; lower it")
+        raise UserError(f"--directions={DIRECTIONS.value} must be at most model.z_dim={cfg.model.z_dim}; lower it")
 
 
-def closeness(frames, images, mollifier):
-    """Mean PSNR in dB of the first and last image of each way against the original, and that of the originals when they
-    are mollified and sharpened again, which is as close as a state can come."""
+def score_ends(frames, images, mollifier):
+    """Mean PSNR in dB of the first and last image of each path against the originals, and, as the limit of what a state
+    can hold, of the originals mollified and sharpened."""
     places = [place for first in range(0, frames.total, FRAMES.value) for place in (first, first + FRAMES.value - 1)]
     limit = to_uint8(mollifier.sharpen(mollifier.blur(to_float(images))))
     values = torch.tensor([(psnr(read_image(frames.file(place)), image), psnr(best, image))

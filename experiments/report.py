@@ -1,11 +1,11 @@
-"""One self-contained HTML page about a run: samples, reconstructions, copies, scores, curves, config, environment.
+"""Make one self-contained HTML page about a run: samples, reconstructions, copies, scores, losses, config, environment.
 
     python experiments/report.py --config configs/ffhq_256_config.py
     python experiments/report.py --config configs/ffhq_latent_config.py --decoder_config configs/ffhq_256_config.py
 
-It shows what is there: the metrics and pictures of the runs, and images and JSON files that the other scripts have left
-in samples/, reconstructions/, super_resolution/, inpainting/ and interpolation/ under the name of the run or, with
---folder, in that folder and those below it.
+The page shows the metrics and images of the runs, and images and scores that other scripts have written: in samples/,
+reconstructions/, super_resolution/, inpainting/ and interpolation/ under the name of the run or, with --folder, in that
+folder and two levels below it.
 """
 
 import html
@@ -19,19 +19,19 @@ from absl import flags
 
 from configs.defaults import autoencoder_config, latent_config
 from data.datasets import build_dataset
-from experiments.lib import html_report as page
-from experiments.lib import report_sections as sections
+from experiments.lib import report_sections
+from experiments.lib.html_report import paragraph
 from models.load import autoencoder_path, latent_path
 from utils import cli, config
 from utils.errors import UserError
 from utils.files import check_output_file, read_json, replacing
 
-CONFIG = config.define_config_flag("config", "latent config, or that of an autoencoder alone")
+CONFIG = config.define_config_flag("config", "latent config, or config of an autoencoder alone")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the autoencoder of a latent --config")
-FOLDER = flags.DEFINE_string("folder", None, "where images and scores of the run are; default: where scripts put them")
-SEARCH = flags.DEFINE_integer("search", 20_000, "training images among which copies are looked for; 0: none",
+FOLDER = flags.DEFINE_string("folder", None, "folder with images and scores of the run; default: where scripts write")
+SEARCH = flags.DEFINE_integer("search", 20_000, "number of training images to search for copies; 0: none",
                               lower_bound=0)
-OUTPUT = flags.DEFINE_string("output", None, "the page to write; default: report.html in the folder of the run")
+OUTPUT = flags.DEFINE_string("output", None, "the page; default: report.html in the folder of the run")
 TEMPLATE = Path(__file__).parent / "lib" / "report_template.html"
 
 
@@ -39,41 +39,47 @@ def main():
     check_output_file(OUTPUT.value, "output")
     latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if autoencoder is None:
-        raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config where "
-                        "--config is a latent one")
+        raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config beside a "
+                        "latent --config")
     runs = [run for run in (autoencoder, latent) if run is not None]
     for run in runs:
         path = latent_path(run) if run is latent else autoencoder_path(run)
         if not path.is_file() and not (config.run_dir(run) / "metrics.jsonl").is_file():
             raise UserError(f"there is no run in {config.run_dir(run)}; train it first, or set run.output_dir and "
                             "run.experiment to those of the training run")
-    folders = image_folders(autoencoder, latent)
-    made, recons = sections.find_made(folders)
-    applied = sections.find_applications(folders, autoencoder)
-    records = [found for folder in folders for path in sorted(folder.glob("*.json"))
-               if "kid" in (found := read_json(path))]
+    folders = find_folders(autoencoder, latent)
+    samples, reconstructions = report_sections.find_images(folders)
+    applications = report_sections.find_applications(folders, autoencoder)
+    scores = [found for folder in folders for path in sorted(folder.glob("*.json"))
+              if "kid" in (found := read_json(path))]
     defaults = [latent_config() if run is latent else autoencoder_config(run.data.img_size) for run in runs]
     body = "".join([
-        summary(autoencoder, latent), sections.progress(runs), sections.samples(made, autoencoder),
-        sections.reconstructions(recons, autoencoder), sections.memorisation(made, autoencoder, SEARCH.value),
-        sections.applications(applied, autoencoder), sections.scores(records),
-        sections.pictures(runs, autoencoder.data.img_size), sections.curves(runs),
-        sections.config_changes(zip(runs, defaults, strict=True)), sections.times(runs, made + recons),
-        sections.origin(runs)])
+        summary(autoencoder, latent),
+        report_sections.progress(runs),
+        report_sections.samples(samples, autoencoder),
+        report_sections.reconstructions(reconstructions, autoencoder),
+        report_sections.memorisation(samples, autoencoder, SEARCH.value),
+        report_sections.applications(applications, autoencoder),
+        report_sections.scores(scores),
+        report_sections.training_images(runs, autoencoder.data.img_size),
+        report_sections.losses(runs),
+        report_sections.config_changes(zip(runs, defaults, strict=True)),
+        report_sections.times(runs, samples + reconstructions),
+        report_sections.environments(runs)])
     output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
     with replacing(output) as temporary:
         temporary.write_text(string.Template(TEMPLATE.read_text()).substitute(
             title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body))
-    print(f"report: {len(made)} folders of samples, {len(recons)} of reconstructions, {len(applied)} of applications, "
-          f"{len(records)} scores; open {output.resolve().as_uri()}")
+    print(f"report: {len(samples)} folders of samples, {len(reconstructions)} of reconstructions, {len(applications)} "
+          f"of applications, {len(scores)} scores; open {output.resolve().as_uri()}")
 
 
-def image_folders(autoencoder, latent):
+def find_folders(autoencoder, latent):
     """Folders that may hold images or scores of the run."""
     if FOLDER.value is not None:
         root = Path(FOLDER.value)
         if not root.is_dir():
-            raise UserError(f"--folder={FOLDER.value} is not a folder; give the one that the other scripts wrote to")
+            raise UserError(f"--folder={FOLDER.value} is not a folder; give the folder that other scripts wrote to")
         return [root, *sorted(path for pattern in ("*/", "*/*/") for path in root.glob(pattern))]
     size = "[0-9]*x[0-9]*"
     samples = Path("samples").glob(f"{latent.run.experiment}_{size}") if latent is not None else []
@@ -84,12 +90,12 @@ def image_folders(autoencoder, latent):
 
 
 def summary(autoencoder, latent):
-    """What the page is about."""
+    """The subject of the page."""
     size, points = autoencoder.data.img_size, autoencoder.mc_integral.q_sample
     text = f"A mollified diffusion autoencoder, trained on {points} of the {size * size} pixels of each {size}² image"
     if latent is not None:
         text += ", and a small diffusion model over its latents"
-    return page.paragraph(text + ".") + page.paragraph(
+    return paragraph(text + ".") + paragraph(
         " · ".join(build_dataset(autoencoder, train).describe() for train in (True, False)), note=True)
 
 

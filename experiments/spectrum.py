@@ -2,11 +2,12 @@
 
     python experiments/spectrum.py --config configs/random_fields_config.py --samples fields_1x,fields_2x,fields_4x
 
-Each folder holds samples of one size, made by generate_samples.py; the true images, as many, are made or read at that
-size. Samples come out of the mollified process and the Wiener filter, which together keep G²/(G² + ε²) of every
-coefficient (G: the factor of T); so do the true images here, and the comparison ends where less than half is kept.
-Writes spectrum.png and spectrum.json, and prints the mean of |log10(generated / true power)| over the wavenumbers,
-beside the same for as many other true images: what sampling error alone amounts to.
+Each folder holds samples of one size from generate_samples.py; as many true images are made or read at that size.
+Mollifying and sharpening multiplies every coefficient by G²/(G² + ε²), G being the factor of T, in the samples. The
+same is done to the true images, and wavenumbers are compared as far as half of a coefficient is kept.
+
+Writes spectrum.png and spectrum.json. Prints the mean of |log10(generated / true power)| over the wavenumbers and, as
+an estimate of the sampling error, the same for as many other true images.
 """
 
 import json
@@ -37,49 +38,48 @@ OUTPUT = flags.DEFINE_string("output", "spectrum", "folder for spectrum.png and 
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
     if not SAMPLES.value:
-        raise UserError("--samples is missing; give folders that generate_samples.py made, separated by commas")
+        raise UserError("--samples is missing; give folders of generate_samples.py, separated by commas")
     output = Path(OUTPUT.value)
     check_writable(output, f"--output={output}")
     mollifier = build_diffusion(cfg).mollifier
-    folders = [SampleFolder(name) for name in SAMPLES.value]
-    rows = [compare(folder, cfg, mollifier) for folder in folders]
+    band = last_wavenumber(mollifier)
+    rows = [compare(SampleFolder(name), cfg, mollifier, band) for name in SAMPLES.value]
 
-    output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "spectrum.json") as temporary:
-        temporary.write_text(json.dumps({"wavenumbers": [1, resolved(mollifier)], "sizes": rows}) + "\n")
+        temporary.write_text(json.dumps({"wavenumbers": [1, band], "sizes": rows}) + "\n", encoding="utf-8")
     with replacing(output / "spectrum.png") as temporary:
-        temporary.write_bytes(plot(rows, resolved(mollifier)))
+        temporary.write_bytes(plot(rows, band))
     for row in rows:
         print("{0}x{1}, {count} samples: mean |log10 ratio| to the true spectrum {distance:.3f} (as many other true "
               "images: {distance_of_true:.3f}), mean log10 ratio {bias:+.3f}".format(*row["size"], **row))
-    print(f"over the wavenumbers 1 to {resolved(mollifier)}; plot in {output}")
+    print(f"over the wavenumbers 1 to {band}; plot in {output}")
 
 
-def compare(folder, cfg, mollifier):
-    """What the samples of a folder, and the true images of their size, have for a spectrum: plain data."""
-    count, size, band = len(folder), folder.size, resolved(mollifier)
+def compare(samples, cfg, mollifier, band):
+    """Spectra, distances and settings of a SampleFolder as plain data, over the wavenumbers 1 to `band`."""
+    count, size = len(samples), samples.size
     if min(size) <= band:
-        raise UserError(f"--samples={folder.folder} are of {size[0]}x{size[1]}, fewer pixels than the {band} "
+        raise UserError(f"--samples={samples.folder} are of {size[0]}x{size[1]}, fewer pixels than the {band} "
                         "wavenumbers to compare; give samples of at least data.img_size")
     images, _ = heldout_images(cfg, size, 2 * count)
     if len(images) < 2 * count:
-        raise UserError(f"--samples={folder.folder} holds {count} images, and twice as many are needed that are held "
-                        f"out, of which there are {len(images)}; set data.num_heldout_functions, or give fewer samples")
+        raise UserError(f"--samples={samples.folder} holds {count} images, and twice as many held-out images are "
+                        f"needed, but there are {len(images)}; set data.num_heldout_functions, or give fewer samples")
     exact = to_float(images)
-    seen = to_float(to_uint8(mollifier.sharpen(mollifier.blur(exact)).clamp(-1, 1)))
-    samples = torch.stack([folder[i][:cfg.data.channels] for i in range(count)])
-    generated, true, other = (radial_spectrum(part) for part in (to_float(samples), seen[:count], seen[count:]))
+    filtered = to_float(to_uint8(mollifier.sharpen(mollifier.blur(exact)).clamp(-1, 1)))
+    pixels = torch.stack([samples[i][:cfg.data.channels] for i in range(count)])
+    generated, true, other = (radial_spectrum(part) for part in (to_float(pixels), filtered[:count], filtered[count:]))
     distance, bias = log_ratio(generated, true, band)
     spectra = {"generated": generated, "true": true, "true_unfiltered": radial_spectrum(exact)}
-    return {"samples": str(folder.folder), "size": list(size), "count": count, "made": folder.settings,
+    return {"samples": str(samples.folder), "size": list(size), "count": count, "made": samples.settings,
             "distance": distance, "bias": bias, "distance_of_true": log_ratio(other, true, band)[0],
             "spectra": {name: values.tolist() for name, values in spectra.items()}}
 
 
-def resolved(mollifier):
-    """The largest wavenumber at which T and the Wiener filter keep half of a coefficient, where G = ε.
+def last_wavenumber(mollifier):
+    """The largest wavenumber, in half waves per side, at which T and the Wiener filter keep half of a coefficient.
 
-    With G(k) = exp(−(π²σ²/2) k²/R²) that is k = √(2 ln(1/ε)) R/(πσ), of those that R pixels have.
+    That is where G(k) = exp(−(π²σ²/2) k²/R²) = ε, k = √(2 ln(1/ε)) R/(πσ), or R − 1 if that is smaller.
     """
     height, width = mollifier.train_size
     nyquist = min(height, width) - 1
@@ -90,7 +90,7 @@ def resolved(mollifier):
 
 
 def plot(rows, band):
-    """A PNG of all spectra over the wavenumbers up to twice those that are compared."""
+    """A PNG of all spectra up to twice the last wavenumber that is compared."""
     def points(values):
         return list(enumerate(values))[1:2 * band]
 

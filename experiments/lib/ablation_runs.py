@@ -16,28 +16,27 @@ from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.mollifier import GaussianMollifier
-from diffusion.sampling import decode, encode, reconstruction_scores
+from diffusion.sampling import reconstruction_scores
 from experiments.lib.image_folders import ImageFolder, SampleFolder
+from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.fid import MIN_IMAGES, compare
 from experiments.metrics.images import denoising_error
 from models.build import build_decoder, build_encoder
-from models.load import autoencoder_path, load_autoencoder
-from utils import config, rng
-from utils.checkpoint import identity
-from utils.device import ROOT, autocast, resolve_device, resolve_dtype
+from utils import config
+from utils.device import ROOT, autocast
 from utils.errors import UserError
 from utils.files import replacing
 from utils.logging import read_metrics, seconds_per_step, training_seconds
 from utils.shutdown import Stopped
 
-YARDSTICK = 1.0  # pixels: the blur after which images of all variants are compared, whatever their own mollifier
+COMMON_BLUR = 1.0  # pixels: images of all variants are compared after this blur, whatever their own mollifier
 EVALUATION_BATCH = 64
-CALIBRATION_STEPS = 40  # of a run that is thrown away, to turn minutes into steps
+CALIBRATION_STEPS = 40  # of a run that is discarded, to convert minutes to steps
 NEVER = 10**9
 
 
 class Variant(NamedTuple):
-    """A point on an axis: the fields that it changes, and the name of its run, which all that change nothing share."""
+    """A variant: its axis and name, the fields that it changes, and its run. Variants without changes share a run."""
 
     axis: str
     name: str
@@ -45,13 +44,13 @@ class Variant(NamedTuple):
     experiment: str
 
     def config(self, base, output):
-        """The checked stage-1 config; UserError where the changes do not go together with the base."""
+        """The checked stage-1 config; UserError if the changes contradict the base."""
         changed = base.copy_and_resolve_references()
         changed.update_from_flattened_dict(self.changes)
         changed.run.output_dir, changed.run.experiment = str(output), self.experiment
         config.check_autoencoder_config(changed, f"{self.axis}, {self.name}: config")
         build_diffusion(changed)
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"):  # shapes only
             build_encoder(changed), build_decoder(changed)
         return changed
 
@@ -71,12 +70,12 @@ class FirstImages(Subset):
 
 
 def make_variant(axis, name, changes):
-    """The Variant with a run of its own, or with the one called base."""
+    """The Variant with a run of its own or, without changes, with the run called base."""
     return Variant(axis, name, changes, f"{axis}/{re.sub('[^A-Za-z0-9.]+', '_', name)}" if changes else "base")
 
 
 def check_runs(base, configs, heldout, sampling_steps):
-    """UserError for what training or scoring would refuse, when hours have gone by."""
+    """UserError for what training or scoring would refuse hours later."""
     for one in configs:
         config.micro_batch_size(one)
         build_diffusion(one, sampling_steps)
@@ -86,7 +85,7 @@ def check_runs(base, configs, heldout, sampling_steps):
 
 
 def config_arguments(arguments):
-    """Those of the command line that make up --config and its fields."""
+    """The arguments of a command line that set --config and its fields."""
     kept, follows = [], False
     for argument in arguments:
         if follows and not argument.startswith("--"):
@@ -101,11 +100,11 @@ def config_arguments(arguments):
 
 
 def train(variant_config, changes, arguments, steps, experiment=None):
-    """Run the training script to `steps`, from its checkpoint if it has one. Stopped where it was asked to stop.
+    """Run the training script until `steps`, from its checkpoint if there is one; True if it succeeded.
 
-    arguments    the command line's own --config and --config.… flags, which those of the variant follow
-    experiment   in place of the one of the config
-    Returns whether it ended well; its own words are on stderr.
+    arguments    the command line's own --config and --config.… flags; those of the variant follow
+    experiment   in place of the config's
+    Raises Stopped if the script was stopped by a signal.
     """
     fields = {**changes, "run.output_dir": variant_config.run.output_dir,
               "run.experiment": experiment or variant_config.run.experiment, "train.max_steps": steps,
@@ -118,18 +117,18 @@ def train(variant_config, changes, arguments, steps, experiment=None):
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # it got the signal as well, and is saving
+        except KeyboardInterrupt:  # the script got the signal as well, and saves its state
             process.wait()
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
     if code in (75, 130):
-        raise Stopped("stopped; the same command goes on", code)
+        raise Stopped("stopped; the same command resumes", code)
     return code == 0
 
 
 def steps_in(minutes, variant_config, changes, arguments):
-    """Steps that fit into a time budget, from a short run that is thrown away; kept, so that a second call agrees."""
+    """Training steps within a time budget, measured by a short run and recorded for further calls; None if it fails."""
     record = config.run_dir(variant_config) / "budget.json"
     if record.is_file():
         return json.loads(record.read_text())["steps"]
@@ -146,22 +145,23 @@ def steps_in(minutes, variant_config, changes, arguments):
 
 
 def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
-    """What can be compared between all variants, a dict of numbers; the decoded images stay in the run's folder.
+    """Scores and costs of a trained variant, comparable between variants: a dict of numbers.
 
-    heldout         the held-out images to encode, decode and compare with, a data set
+    heldout         data set of held-out images, to encode, decode and compare with
     feature_model   experiments.metrics.features.FeatureModel
-    Images decoded without an encoder are samples, which have no originals: their PSNR is None.
+    The decoded images stay in the folder of the run. Without an encoder they are samples, and the PSNR is None.
     """
-    device = resolve_device(variant_config.run.device)
-    modules = load_autoencoder(variant_config, device)
-    diffusion = build_diffusion(variant_config)
-    yardstick = GaussianMollifier(YARDSTICK, variant_config.data.img_size)
-    with autocast(device, resolve_dtype(variant_config.train, device)):
-        error = denoising_error(modules, diffusion, heldout, yardstick, EVALUATION_BATCH, device)
-    folder, originals = _decode(variant_config, modules, heldout, sampler, sampling_steps, device)
+    autoencoder = TrainedAutoencoder(variant_config, sampling_steps, sampler)
+    modules = torch.nn.ModuleDict({"encoder": autoencoder.encoder, "decoder": autoencoder.decoder})
+    blur = GaussianMollifier(COMMON_BLUR, variant_config.data.img_size)
+    with autocast(autoencoder.device, autoencoder.dtype):
+        error = denoising_error(modules, build_diffusion(variant_config), heldout, blur, EVALUATION_BATCH,
+                                autoencoder.device)
+    folder = _decode(autoencoder, heldout)
     found = compare(SampleFolder(folder.path, folder.total), [heldout], feature_model,
                     Path(variant_config.run.output_dir) / "statistics")
-    psnr = reconstruction_scores(originals, folder.load(), yardstick)["mollified_psnr"]
+    originals = torch.cat([images for images, _ in all_batches(heldout, EVALUATION_BATCH)])
+    psnr = reconstruction_scores(originals, folder.load(), blur)["mollified_psnr"]
     metrics = read_metrics(config.run_dir(variant_config) / "metrics.jsonl")
     return {
         "denoising_error": error, "psnr": psnr if variant_config.model.z_dim else None,
@@ -174,16 +174,14 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
     }
 
 
-def _decode(variant_config, modules, heldout, sampler, sampling_steps, device):
-    """(folder of the held-out images encoded and decoded again, the originals float [N, C, H, W])."""
-    diffusion = build_diffusion(variant_config, sampling_steps, sampler)
-    folder = ImageFolder(config.run_dir(variant_config) / "decoded", len(heldout), {
-        "size": list(heldout.size), "sampler": sampler, "steps": sampling_steps,
-        "decoder": identity(autoencoder_path(variant_config))})
-    for indices, progress in folder.missing_batches(EVALUATION_BATCH, evaluations=sampling_steps):
-        images, index = next(all_batches(Subset(heldout, indices), len(indices), device))
-        with autocast(device, resolve_dtype(variant_config.train, device)):
-            folder.save(indices, decode(
-                modules["decoder"], diffusion, encode(modules["encoder"], images), heldout.size, sampler,
-                rng.sample_generators(device, indices, "ablation"), images.shape[1], progress=progress))
-    return folder, torch.cat([images for images, _ in all_batches(heldout, EVALUATION_BATCH)])
+def _decode(autoencoder, heldout):
+    """ImageFolder of the held-out images, encoded and decoded."""
+    steps = autoencoder.diffusion.num_steps
+    folder = ImageFolder(config.run_dir(autoencoder.cfg) / "decoded", len(heldout), {
+        "size": list(heldout.size), "sampler": autoencoder.sampler, "steps": steps, "decoder": autoencoder.identity})
+    for indices, progress in folder.missing_batches(EVALUATION_BATCH, steps):
+        images, _ = next(all_batches(Subset(heldout, indices), len(indices), autoencoder.device))
+        generators = autoencoder.generators(indices, "ablation")
+        folder.save(indices, autoencoder.decode(autoencoder.encode(images), heldout.size, generators=generators,
+                                                progress=progress))
+    return folder

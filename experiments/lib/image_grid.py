@@ -1,4 +1,4 @@
-"""Pictures of results: images in labelled columns, and animations."""
+"""Images in a grid with labelled columns, and animations."""
 
 import torch
 from PIL import Image, ImageDraw
@@ -6,40 +6,43 @@ from PIL import Image, ImageDraw
 from utils.files import replacing
 from utils.images import tile, to_pil
 
-SMALLEST = 96  # pixels of an image on a sheet, so that labels fit
-HEADING = 16  # pixels above the columns
+MIN_WIDTH = 96  # pixels of an image in a grid, so that a label fits above it
+LABEL_HEIGHT = 16  # pixels
 
 
-def labelled_sheet(columns):
-    """A Pillow image with a column of images under each label.
+def labelled_grid(columns):
+    """A Pillow image with a column of images below each label.
 
-    columns   {label: list of uint8 [C, H, W]}; all are shown as large as the largest, or SMALLEST, pixel by pixel
+    columns   {label: list of uint8 [C, H, W]}; every image is resized, without interpolation, to the largest size, or
+              to a multiple of it that is at least MIN_WIDTH wide
     """
     height, width = (max(image.shape[dim] for images in columns.values() for image in images) for dim in (1, 2))
-    factor = -(-SMALLEST // width)
+    factor = -(-MIN_WIDTH // width)
     cell = (width * factor, height * factor)
-    sheet = Image.new("RGB", (cell[0] * len(columns), HEADING + cell[1] * max(map(len, columns.values()))), "white")
-    draw = ImageDraw.Draw(sheet)
+    rows = max(map(len, columns.values()))
+    grid = Image.new("RGB", (cell[0] * len(columns), LABEL_HEIGHT + cell[1] * rows), "white")
+    draw = ImageDraw.Draw(grid)
     for column, (label, images) in enumerate(columns.items()):
         draw.text((column * cell[0] + 3, 2), label, fill="black")
         for row, image in enumerate(images):
-            place = (column * cell[0], HEADING + row * cell[1])
-            sheet.paste(to_pil(image).resize(cell, Image.Resampling.NEAREST), place)
-    return sheet
+            place = (column * cell[0], LABEL_HEIGHT + row * cell[1])
+            grid.paste(to_pil(image).resize(cell, Image.Resampling.NEAREST), place)
+    return grid
 
 
-def save_sheet(columns, path):
-    """Write `labelled_sheet` as a PNG; the file appears whole or not at all."""
+def save_grid(columns, path):
+    """Write `labelled_grid` as a PNG."""
     with replacing(path) as temporary:
-        labelled_sheet(columns).save(temporary, format="PNG")
+        labelled_grid(columns).save(temporary, format="PNG")
 
 
 def save_gif(frames, path, columns, milliseconds=120):
-    """Write an animation that runs to the end and back, for ever.
+    """Write an animation that runs forward and backward in a loop.
 
-    frames   list of lists of uint8 images [C, H, W], shown together in so many columns, enlarged as on a sheet
+    frames   list of lists of uint8 images [C, H, W]; those of a frame are tiled in so many columns, and enlarged to at
+             least MIN_WIDTH
     """
-    factor = -(-SMALLEST // frames[0][0].shape[2])
+    factor = -(-MIN_WIDTH // frames[0][0].shape[2])
     tiled = [to_pil(tile(torch.stack(images), columns)) for images in frames]
     frames = [frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
               for frame in [*tiled, *tiled[-2:0:-1]]]

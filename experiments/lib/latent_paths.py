@@ -1,6 +1,6 @@
-"""Ways through the space of latents, or of states: along great circles, and along the directions in which data vary.
+"""Paths through the space of latents or states (docs/method.md, 6.3): great circles and principal directions.
 
-Walks through the latent space as pictures: rendered into a folder, shown as a sheet, strips and an animation.
+Also their images: rendered into a folder, and shown as a grid, strips and an animation.
 """
 
 from pathlib import Path
@@ -10,16 +10,15 @@ import torch
 
 from data.images import read_image
 from diffusion.samplers import ddim
-from diffusion.sampling import decode
-from experiments.lib.image_grid import save_gif, save_sheet
+from experiments.lib.image_grid import save_gif, save_grid
 from utils.images import save_png, tile
 
 
 def slerp(a, b, weight):
     """Spherical interpolation from a (weight 0) to b (weight 1), both [B, ...]; weight is a number or [B].
 
-    Along the great circle through both at constant speed, so that between vectors of one norm all have that norm, as
-    draws from a normal distribution in many dimensions do (Shoemake 1985). Where they are parallel it is linear.
+    Follows the great circle through a and b at constant speed (Shoemake 1985). Interpolated vectors keep the norm if a
+    and b have the same, as draws from a normal distribution in many dimensions nearly do. Linear for parallel vectors.
     """
     weight, cosine = (values.view(-1, *[1] * (a.dim() - 1)) for values in (
         torch.as_tensor(weight, dtype=a.dtype, device=a.device), (_unit(a) * _unit(b)).sum(1).clamp(-1, 1)))
@@ -31,19 +30,23 @@ def slerp(a, b, weight):
     return first * a + second * b
 
 
+def _unit(x):
+    return torch.nn.functional.normalize(x.flatten(1), dim=1)
+
+
 def between(a, b, count, centre=0.0):
-    """`count` vectors [count, ...] from a to b, [...] each, ends included: on the way of slerp, about `centre`."""
+    """`count` vectors [count, ...] from a to b, both [...], ends included, by slerp about `centre`."""
     a, b = ((end - centre).expand(count, *end.shape) for end in (a, b))
     return centre + slerp(a, b, torch.linspace(0, 1, count))
 
 
 class PrincipalDirections(NamedTuple):
-    """In which directions latents vary most, in falling order.
+    """Directions of the largest variance of latents, in descending order.
 
-    mean       [Z] of the latents
-    directions [K, Z], orthonormal; the largest component of each is positive
-    std        [K], standard deviation of the latents along each
-    share      [K] of the total variance
+    mean        [Z] of the latents
+    directions  [K, Z], orthonormal; the largest component of each is positive
+    std         [K], standard deviation of the latents along each
+    share       [K], share of each in the total variance
     """
 
     mean: torch.Tensor
@@ -56,11 +59,11 @@ def principal_directions(latents, count):
     """The first `count` PrincipalDirections of latents [N, Z], float32; computed in float64."""
     mean = latents.double().mean(0)
     variance, vectors = torch.linalg.eigh(torch.cov((latents.double() - mean).T, correction=0))
-    variance, vectors = variance.flip(0).clamp(min=0), vectors.flip(1).T  # they come in rising order
+    variance, vectors = variance.flip(0).clamp(min=0), vectors.flip(1).T  # eigh sorts ascending
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     share = variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)
-    found = mean, vectors * largest.sign(), variance.sqrt(), share
-    return PrincipalDirections(found[0].float(), *(values[:count].float() for values in found[1:]))
+    columns = (values[:count].float() for values in (vectors * largest.sign(), variance.sqrt(), share))
+    return PrincipalDirections(mean.float(), *columns)
 
 
 def along(z, direction, reach, count):
@@ -68,36 +71,31 @@ def along(z, direction, reach, count):
     return z + torch.linspace(-reach, reach, count, device=z.device)[:, None] * direction
 
 
-def _unit(x):
-    return torch.nn.functional.normalize(x.flatten(1), dim=1)
+def render(folder, paths, autoencoder):
+    """Fill an ImageFolder with the images of all paths, one after another, by a TrainedAutoencoder and DDIM.
 
-
-def render(folder, walks, decoder, diffusion, batch_size, max_points):
-    """Fill an ImageFolder with the images of all walks, one after another; those that are there already are kept.
-
-    walks    list of (z [F, Z], x [F, C, H, W]): latents, and states that DDIM starts from
+    paths    list of (z [F, Z], x [F, C, H, W]): latents, and first states of the chain
     """
-    steps = [(z, x) for walk in walks for z, x in zip(*walk, strict=True)]
-    for indices, progress in folder.missing_batches(batch_size, diffusion.num_steps):
-        z, x = (torch.stack(parts) for parts in zip(*(steps[i] for i in indices), strict=True))
-        images = decode(decoder, diffusion, z, x.shape[-2:], progress=progress, max_points=max_points,
-                        path=lambda denoise, _, x=x: ddim(denoise, x, diffusion.schedule))
-        folder.save(indices, images)
+    diffusion, points = autoencoder.diffusion, [point for path in paths for point in zip(*path, strict=True)]
+    for indices, progress in folder.missing_batches(autoencoder.cfg.train.sample_size, diffusion.num_steps):
+        z, x = (torch.stack(parts) for parts in zip(*(points[i] for i in indices), strict=True))
+        folder.save(indices, autoencoder.decode(z, x.shape[-2:], progress=progress, path=lambda denoise, _, x=x: ddim(
+            denoise, x, diffusion.schedule)))
 
 
 def show(folder, labels, columns, before=None, after=None):
-    """Write <folder>.png, a row for each walk, <folder>.gif, and each row alone as <folder>_strips/00000.png, ….
+    """Write <folder>.png with a row for each path, <folder>.gif, and each row alone as <folder>_strips/00000.png, ….
 
-    labels         of the images of a walk, in order
-    columns        of the animation, which shows all walks side by side
-    before, after  (label, one uint8 image for each walk) to show at either end of the sheet
+    labels         of the images of a path, in order
+    columns        of the animation, which shows all paths side by side
+    before, after  (label, one uint8 image for each path) to show at either end of the grid
     """
     length = len(labels)
     images = [read_image(folder.file(i)) for i in range(folder.total)]
-    walks = [images[first:first + length] for first in range(0, len(images), length)]
-    frames = [list(step) for step in zip(*walks, strict=True)]
-    shown = [end for end in (before, *zip(labels, frames, strict=True), after) if end is not None]
-    save_sheet(dict(shown), folder.path.with_suffix(".png"))
+    paths = [images[first:first + length] for first in range(0, len(images), length)]
+    frames = [list(frame) for frame in zip(*paths, strict=True)]
+    shown = [column for column in (before, *zip(labels, frames, strict=True), after) if column is not None]
+    save_grid(dict(shown), folder.path.with_suffix(".png"))
     save_gif(frames, folder.path.with_suffix(".gif"), columns)
-    for i, walk in enumerate(walks):
-        save_png(tile(torch.stack(walk), length), Path(f"{folder.path}_strips") / f"{i:05d}.png")
+    for i, path in enumerate(paths):
+        save_png(tile(torch.stack(path), length), Path(f"{folder.path}_strips") / f"{i:05d}.png")

@@ -1,22 +1,19 @@
-"""Plots of numbers, as files that pages and documents can hold.
-
-A table of results on disk, in the three forms that programs, spreadsheets and documents read, and as dots.
-"""
+"""Plots, and tables of results as JSON, CSV, Markdown and a plot."""
 
 import csv
 import io
 import json
 
 import matplotlib
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+import matplotlib.pyplot as plt
 
 from utils.files import replacing
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # needs no display
 
 
 def line_plot(series, title, xlabel, ylabel, log=False):
-    """A figure of curves; series is {label: [(x, y), …]}, those without points are left out."""
+    """A figure of curves {label: [(x, y), …]}; curves without points are left out."""
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
     for label, points in series.items():
         if points:
@@ -29,7 +26,7 @@ def line_plot(series, title, xlabel, ylabel, log=False):
 
 
 def to_bytes(figure, kind):
-    """The figure as a file of kind svg or png; it is closed."""
+    """Bytes of the figure as a file of kind svg or png. Closes the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
@@ -37,8 +34,8 @@ def to_bytes(figure, kind):
 
 
 def dot_plot(names, panels):
-    """A figure with a line for each of N names, (group, name), and a column of dots for each of panels,
-    {title: N of (value, error) or None}. The lines of a group are of one colour."""
+    """A figure with a row for each of N names (group, name), coloured by group, and a column of dots for each panel
+    {title: N of (value, error) or None}."""
     groups = list(dict.fromkeys(group for group, _ in names))
     height = 0.6 + 0.23 * len(names)
     figure, axes = plt.subplots(1, len(panels), figsize=(3 + 2.2 * len(panels), height), sharey=True, squeeze=False,
@@ -58,16 +55,16 @@ def dot_plot(names, panels):
 
 
 def write_results(folder, rows, columns, panels):
-    """results.json, .csv, .md and .png in `folder`.
+    """Write results.json, .csv, .md and .png to `folder`.
 
     rows      dicts, all with the same keys; JSON and CSV hold them as they are
-    columns   {heading: row -> text} of the Markdown table
-    panels    {title: row -> (value, error) or None} of the plot, which has a line per row, called by two columns
+    columns   {heading: row -> text} of the Markdown table; the first two name the rows of the plot
+    panels    {title: row -> (value, error) or None} of the plot
     """
     for suffix, content in (("json", json.dumps(rows, indent=2) + "\n"), ("md", markdown(rows, columns))):
         with replacing(folder / f"results.{suffix}") as temporary:
-            temporary.write_text(content)
-    with replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="") as file:
+            temporary.write_text(content, encoding="utf-8")
+    with replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""What the scripts that sample a trained pair of models share: the flags, and a folder of images made with them."""
+"""Sampling from trained models: the models of a run with their diffusion process, flags, and folders of samples."""
 
 import functools
 from typing import NamedTuple
@@ -6,11 +6,19 @@ from typing import NamedTuple
 import torch
 from absl import flags
 
+from diffusion import sampling
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.samplers import SAMPLERS
-from diffusion.sampling import decode, sample_latents
 from diffusion.window import check_window, decode_window
-from experiments.lib.applications import check_finite
+from experiments.lib.common_flags import (
+    MAX_POINTS,
+    check_eta,
+    eta_flag,
+    max_points_flag,
+    sampler_flag,
+    size_flag,
+    steps_flag,
+)
 from experiments.lib.image_folders import ImageFolder
 from models.large_images import check_max_points
 from models.load import autoencoder_path, latent_path, load_autoencoder, load_latent_model
@@ -19,7 +27,69 @@ from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
 
-MAX_POINTS = 2**20  # default of --max_points: 3 GB with 64 features in float32, and an image of 1024² at once
+
+class TrainedAutoencoder:
+    """A trained autoencoder in eval mode, on its device, and the diffusion process that images are sampled by.
+
+    cfg         checked stage-1 config of the run
+    steps       network evaluations per image
+    sampler     one of diffusion.samplers.SAMPLERS
+    max_points  pixels of all images together that the network takes at a time
+    run         section of a config with the device and the seed; by default that of cfg
+    UserError if the run has no checkpoint, or one that does not fit cfg.
+    """
+
+    def __init__(self, cfg, steps, sampler="ddim", max_points=MAX_POINTS, run=None):
+        run = run or cfg.run
+        self.cfg, self.seed, self.sampler, self.max_points = cfg, run.seed, sampler, max_points
+        self.diffusion = build_diffusion(cfg, steps, sampler)
+        self.device = resolve_device(run.device)
+        self.dtype = resolve_dtype(cfg.train, self.device)
+        modules = load_autoencoder(cfg, self.device)
+        self.encoder, self.decoder = modules["encoder"], modules["decoder"]
+        self.identity = identity(autoencoder_path(cfg))
+
+    def check_size(self, size):
+        """UserError if max_points is too few for images of size (H, W)."""
+        check_max_points(self.decoder, size, self.max_points)
+
+    def generators(self, indices, purpose):
+        """One torch.Generator per image: a function of the seed, the purpose and the global index of the image."""
+        return rng.sample_generators(self.device, indices, self.seed, purpose)
+
+    def encode(self, images, known=None):
+        """Latents [B, Z] of images [B, C, H, W], as diffusion.sampling.encode."""
+        with autocast(self.device, self.dtype):
+            return sampling.encode(self.encoder, images, known, self.max_points)
+
+    def decode(self, z, size, draw=sampling.decode, **options):
+        """Images [B, C, H, W] for latents z [B, Z] by diffusion.sampling.decode, which takes the options, or by `draw`
+        with the same signature."""
+        with autocast(self.device, self.dtype):
+            return draw(self.decoder, self.diffusion, z, size, sampler=self.sampler,
+                        channels=self.cfg.data.channels, max_points=self.max_points, **options)
+
+    def invert(self, images, z):
+        """States [B, C, H, W] that DDIM leads back to the images, as diffusion.sampling.invert."""
+        with autocast(self.device, self.dtype):
+            return sampling.invert(self.decoder, self.diffusion, images, z, max_points=self.max_points)
+
+
+def latent_source(cfg, autoencoder, sampler="ddpm", steps=None):
+    """indices -> latents [B, Z] from the trained model of a latent config, on the device of a TrainedAutoencoder.
+
+    Latent i is a function of run.seed and i. steps: network evaluations; None: all of the chain.
+    """
+    diffusion = build_diffusion(cfg, steps, sampler)
+    dtype = resolve_dtype(cfg.train, autoencoder.device)
+    model, mean, std = load_latent_model(cfg, autoencoder.device, autoencoder.encoder)
+
+    def draw(indices):
+        generators = rng.sample_generators(autoencoder.device, indices, cfg.run.seed, "latent")
+        with autocast(autoencoder.device, dtype):
+            return sampling.sample_latents(model, diffusion, mean, std, generators, sampler)
+
+    return draw
 
 
 class SamplingFlags(NamedTuple):
@@ -34,89 +104,64 @@ class SamplingFlags(NamedTuple):
     max_points: flags.FlagHolder
 
     def given(self):
-        """Names of those that stand on the command line."""
+        """Names of those on the command line."""
         return [holder.name for holder in self if holder.present]
 
 
 def define_sampling_flags():
-    """--sample_img_size, --sampler and so on; call it once in a script."""
+    """Define the flags of SamplingFlags; call it once in a script."""
     return SamplingFlags(
-        flags.DEFINE_string("sample_img_size", None, "side of the samples in pixels, or HEIGHTxWIDTH; default: the "
-                            "training resolution"),
-        flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are sampled"),
-        flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1),
-        flags.DEFINE_float("eta", 0.0, "noise of ddim: 0 none, 1 as much as ddpm", lower_bound=0.0, upper_bound=1.0),
-        flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "how latents are sampled"),
-        flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all",
+        size_flag("the samples"), sampler_flag(), steps_flag(), eta_flag(),
+        flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "sampler of latents"),
+        flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all steps",
                              lower_bound=1),
-        flags.DEFINE_integer("max_points", MAX_POINTS, "pixels, of all images together, that the network takes at a "
-                             "time; fewer need less memory", lower_bound=1))
+        max_points_flag())
 
 
 def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
-    """Samples 0 to total − 1 of a trained pair of models as an ImageFolder; those that are there already are kept.
+    """Samples 0 to total − 1 of a trained pair of models, as an ImageFolder; existing images are kept.
 
-    cfg, decoder_cfg   checked configs of the latent model (None where there is no encoder) and of the autoencoder
+    cfg, decoder_cfg   checked configs of the latent model (None if there is no encoder) and of the autoencoder
     options            SamplingFlags
-    total              how many; None: data.fid_samples of cfg
+    total              number of samples; None: data.fid_samples of cfg
     output             the folder; None: samples/<experiment>_<height>x<width>[_<window>]
-    window             "x0 y0 x1 y1", fractions of the images: only this part of them
+    window             "x0 y0 x1 y1", fractions of the image: sample this part only
     Image i is a function of run.seed and i: it does not depend on the batch size or on interruptions.
     """
     if cfg is not None:
         config.check_same_latent(cfg, decoder_cfg)
     elif decoder_cfg.model.z_dim:
-        raise UserError("an autoencoder is sampled with a latent model; give the config of that as --config, and the "
-                        "autoencoder's as --decoder_config (only with model.z_dim=0 it is sampled alone)")
+        raise UserError("an autoencoder is sampled with a latent model; give the latent config as --config and the "
+                        "autoencoder's as --decoder_config (only a model with model.z_dim=0 is sampled alone)")
     own = cfg or decoder_cfg
-    height, width = size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
-    part = config.parse_window(window, size)
-    sampler, steps, eta = options.sampler.value, options.steps.value, options.eta.value
-    check_finite(options.eta)
-    if eta and sampler != "ddim":
-        raise UserError(f"--eta={eta} is of --sampler=ddim only; leave it out with {sampler}")
-    diffusion = build_diffusion(decoder_cfg, steps, sampler)
-    draw, where = decode, ""
-    if part:
-        check_window(diffusion)
-        draw = functools.partial(decode_window, window=part)
-        where = "_rows_{}_{}_columns_{}_{}".format(*part[0], *part[1])
-    device = resolve_device(own.run.device)
-    dtype = resolve_dtype(decoder_cfg.train, device)
-    autoencoder = load_autoencoder(decoder_cfg, device)
-    check_max_points(autoencoder["decoder"], size, options.max_points.value)
-    draw_latents, latent_settings = _latent_source(cfg, options, device, autoencoder["encoder"])
-
-    folder = ImageFolder(
-        output or f"samples/{own.run.experiment}_{height}x{width}{where}",
-        total=total or own.data.fid_samples,
-        settings={"size": [height, width], "window": part and [list(span) for span in part], "seed": own.run.seed,
-                  "sampler": sampler, "steps": steps, "eta": eta,
-                  "decoder": identity(autoencoder_path(decoder_cfg)), **latent_settings})
-
-    for indices, progress in folder.missing_batches(own.train.sample_size, evaluations=steps):
-        z = draw_latents(indices)
-        with autocast(device, dtype):
-            images = draw(autoencoder["decoder"], diffusion, z, size, sampler=sampler, eta=eta, progress=progress,
-                          generators=rng.sample_generators(device, indices, own.run.seed, "image"),
-                          channels=decoder_cfg.data.channels, max_points=options.max_points.value)
-        folder.save(indices, images)
-    return folder
-
-
-def _latent_source(cfg, options, device, encoder):
-    """(indices -> latents [B, Z] of these samples, settings to keep with the samples)."""
+    size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
+    window = config.parse_window(window, size)
+    check_eta(options.eta, options.sampler)
+    autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
+                                     own.run)
+    name = "{}_{}x{}".format(own.run.experiment, *size)
+    draw = {}
+    if window:
+        check_window(autoencoder.diffusion)
+        draw["draw"] = functools.partial(decode_window, window=window)
+        name += "_rows_{}_{}_columns_{}_{}".format(*window[0], *window[1])
+    autoencoder.check_size(size)
+    settings = {"size": list(size), "window": window and [list(span) for span in window], "seed": own.run.seed,
+                "sampler": options.sampler.value, "steps": options.steps.value, "eta": options.eta.value,
+                "decoder": autoencoder.identity}
     if cfg is None:
-        return lambda indices: torch.zeros(len(indices), 0, device=device), {"latent_model": "none"}
-    sampler = options.latent_sampler.value
-    diffusion = build_diffusion(cfg, options.latent_steps.value, sampler)
-    dtype = resolve_dtype(cfg.train, device)
-    model, mean, std = load_latent_model(cfg, device, encoder)
+        settings["latent_model"] = "none"
 
-    def draw(indices):
-        with autocast(device, dtype):
-            return sample_latents(model, diffusion, mean, std,
-                                  rng.sample_generators(device, indices, cfg.run.seed, "latent"), sampler)
+        def draw_latents(indices):
+            return torch.zeros(len(indices), 0, device=autoencoder.device)
+    else:
+        draw_latents = latent_source(cfg, autoencoder, options.latent_sampler.value, options.latent_steps.value)
+        settings |= {"latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
+                     "latent_model": identity(latent_path(cfg))}
 
-    return draw, {"latent_sampler": sampler, "latent_steps": options.latent_steps.value,
-                  "latent_model": identity(latent_path(cfg))}
+    folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings)
+    for indices, progress in folder.missing_batches(own.train.sample_size, options.steps.value):
+        generators = autoencoder.generators(indices, "image")
+        folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,
+                                                generators=generators, **draw))
+    return folder

@@ -1,4 +1,4 @@
-"""What super_resolution.py compares: small images and the truth, interpolations that need no model, and the scores."""
+"""Super-resolution apart from the model: inputs and truth, interpolations to compare with, and scores."""
 
 import torch
 from PIL.Image import Resampling
@@ -12,43 +12,43 @@ from utils.errors import UserError
 from utils.images import to_pil, to_uint8
 
 
-def read_inputs(cfg, folder, low_size, size_of, count):
-    """(inputs uint8 [N, C, h, w], truth uint8 [N, C, H, W] or None, (H, W), where they are from).
+def read_inputs(cfg, folder, input_size, result_size, count):
+    """(inputs uint8 [N, C, h, w], truth uint8 [N, C, H, W] or None, (H, W), origin of the images as plain data).
 
-    folder     of inputs, the value of --input, for which there is no truth; None: held-out images are the truth, and
-               what Downsampling makes of them the inputs
-    low_size   (h, w) of inputs made from held-out images
-    size_of    (h, w) -> (H, W)
+    folder       of inputs, the value of --input, for which there is no truth; None: held-out images are the truth, and
+                 the inputs are made from them by Downsampling
+    input_size   (h, w) of inputs made from held-out images
+    result_size  (h, w) -> (H, W)
     """
     if folder is not None:
-        low, source = folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
-        return low, None, _checked(low.shape[-2:], size_of), source
-    size = _checked(low_size, size_of)
-    truth, source = heldout_images(cfg, size, count)
-    return to_uint8(Downsampling(size, low_size).forward(to_float(truth))), truth, size, source
+        inputs, origin = folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
+        return inputs, None, _larger(inputs.shape[-2:], result_size), origin
+    size = _larger(input_size, result_size)
+    truth, origin = heldout_images(cfg, size, count)
+    return to_uint8(Downsampling(size, input_size).forward(to_float(truth))), truth, size, origin
 
 
-def _checked(low_size, size_of):
-    size = size_of(low_size)
-    if size[0] < low_size[0] or size[1] < low_size[1] or size == tuple(low_size):
+def _larger(input_size, result_size):
+    size = result_size(input_size)
+    if size[0] < input_size[0] or size[1] < input_size[1] or size == tuple(input_size):
         raise UserError(f"--sample_img_size={size[0]}x{size[1]} is no larger than the inputs, "
-                        f"{low_size[0]}x{low_size[1]}; choose a larger one")
+                        f"{input_size[0]}x{input_size[1]}; choose a larger size")
     return size
 
 
-def interpolations(low, size, constraint):
-    """{method: images float [B, C, H, W]} from inputs uint8: Pillow's bicubic and Lanczos interpolation, and
-    backprojected, the bicubic one changed as little as it takes to give the input back when it is resized."""
-    made = {name: to_float(torch.stack([to_tensor(to_pil(image).resize(size[::-1], method)) for image in low]))
-            for name, method in (("bicubic", Resampling.BICUBIC), ("lanczos", Resampling.LANCZOS))}
-    return {**made, "backprojected": constraint.enforce(made["bicubic"].to(constraint.data.device))}
+def interpolations(inputs, size, constraint):
+    """{method: images float [B, C, H, W]} for uint8 inputs: Pillow's bicubic and Lanczos interpolation and, as
+    `backprojected`, the image nearest to the bicubic one that meets the constraint."""
+    images = {name: to_float(torch.stack([to_tensor(to_pil(image).resize(size[::-1], method)) for image in inputs]))
+              for name, method in (("bicubic", Resampling.BICUBIC), ("lanczos", Resampling.LANCZOS))}
+    return {**images, "backprojected": constraint.enforce(images["bicubic"].to(constraint.data.device))}
 
 
 def score(folders):
-    """{method: means over its PNGs} from {name: ImageFolder}, of which "inputs" and "truth" are no methods.
+    """{method: means over its PNGs} for {name: ImageFolder}; every folder but "inputs" and "truth" is a method.
 
-    psnr [dB] and ssim      against the truth, where there is one
-    consistency_psnr [dB]   of what Downsampling makes of them against the inputs
+    psnr [dB], ssim         against the truth, if there is one
+    consistency_psnr [dB]   of the image reduced by Downsampling against the input
     """
     scores, count = {}, folders["inputs"].total
     sizes = [read_image(folders[name].file(0)).shape[1:] for name in ("bicubic", "inputs")]
@@ -62,5 +62,5 @@ def score(folders):
                 truth = read_image(folders["truth"].file(i))
                 row = {"psnr": psnr(image, truth), "ssim": ssim(image, truth), **row}
             rows.append(row)
-        scores[name] = {what: sum(row[what] for row in rows) / count for what in rows[0]}
+        scores[name] = {key: sum(row[key] for row in rows) / count for key in rows[0]}
     return scores

@@ -1,4 +1,4 @@
-"""Inpainting as a user runs it, on a tiny model."""
+"""inpaint.py on a tiny model."""
 
 import json
 
@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from data.images import read_image
-from diffusion import sampling as generate
-from experiments.lib import sampling
+from experiments.lib.sampling import TrainedAutoencoder
 from tests.scripts import only_line, run_script
 
 INPAINT = "experiments/inpaint.py"
@@ -25,7 +24,7 @@ def inpaint(trained, output, *flags):
 
 
 @pytest.mark.parametrize("mask", ["centre", "half", "strokes", "pixels"])
-def test_known_pixels_are_kept_and_unknown_ones_filled(trained, tmp_path, mask):
+def test_known_pixels_are_kept_and_unknown_pixels_filled(trained, tmp_path, mask):
     images, scores = inpaint(trained, tmp_path / "o", "--mask", mask)
     assert [len(group) for group in images.values()] == [4] * 4 and scores["count"] == 4
     for original, masked, generated, result in zip(*images.values(), strict=True):
@@ -40,14 +39,13 @@ def test_known_pixels_are_kept_and_unknown_ones_filled(trained, tmp_path, mask):
 
 
 def test_consistency_and_guidance_fit_the_known_pixels(trained, tmp_path):
-    """Even of a network that has learned nothing."""
     fits = {name: inpaint(trained, tmp_path / name, "--sampling_steps=15", *flags)[1]["psnr_known"] for name, flags in (
         ("neither", ["--guidance=0", "--consistency=0"]), ("guidance", ["--guidance=1", "--consistency=0"]),
         ("consistency", ["--guidance=0"]))}
     assert fits["guidance"] > fits["neither"] + 0.5 and fits["consistency"] > fits["neither"] + 4
 
 
-def test_each_option_changes_the_result_and_the_batch_does_not(trained, tmp_path):
+def test_options_change_the_result_and_the_batch_size_does_not(trained, tmp_path):
     plain = inpaint(trained, tmp_path / "plain", "--num_samples=3")[0]["results"]
     assert len(plain) == 3
     same = inpaint(trained, tmp_path / "same", "--num_samples=3", "--config.train.sample_size=3")[0]["results"]
@@ -58,8 +56,8 @@ def test_each_option_changes_the_result_and_the_batch_does_not(trained, tmp_path
         assert not torch.equal(other[0], plain[0]), name
 
 
-def test_what_is_unknown_has_no_part_in_the_result(trained, tmp_path):
-    """The same images with noise where the mask is: neither the encoder nor the guidance sees it."""
+def test_unknown_pixels_do_not_affect_the_result(trained, tmp_path):
+    """Neither the encoder nor the guidance sees them."""
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (3, 2, 12, 9))
     mask.save(tmp_path / "mask.png")
@@ -89,7 +87,7 @@ def test_another_resolution_and_shape(trained, tmp_path):
     (["--sampling_steps=21"], "--sampling_steps=21 must lie"), (["--num_samples=0"], "num_samples"),
     (["--sample_img_size=21"], "less than the 21x21 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
     (["--input=absent"], "--input=absent has no images"),
-    (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 is for held-out images"),
+    (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 applies to held-out images"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
     (["--output=/proc/none"], "--output=/proc/none"),
 ])
@@ -108,14 +106,14 @@ def test_a_mask_that_leaves_too_little_is_one_line(trained, tmp_path):
     assert "fewer known pixels than model.knn_neighbours=3" in line
 
 
-def test_no_more_pixels_at_a_time_than_fit_and_no_gradients_of_weights(trained, tmp_path, monkeypatch):
-    made, decode = [], generate.decode
+def test_max_points_bounds_the_batch_and_weights_need_no_gradients(trained, tmp_path, monkeypatch):
+    batches, decode = [], TrainedAutoencoder.decode
 
-    def watched(decoder, diffusion, z, *args, **options):
-        made.append((len(z), any(parameter.requires_grad for parameter in decoder.parameters())))
-        return decode(decoder, diffusion, z, *args, **options)
+    def recording(self, z, *args, **options):
+        batches.append((len(z), any(parameter.requires_grad for parameter in self.decoder.parameters())))
+        return decode(self, z, *args, **options)
 
-    monkeypatch.setattr(generate, "decode", watched)
-    monkeypatch.setattr(sampling, "MAX_POINTS", 2 * 18 * 20)
-    inpaint(trained, tmp_path / "o", "--num_samples=3", "--sample_img_size=18x20", "--config.train.sample_size=3")
-    assert made == [(2, False), (1, False)]
+    monkeypatch.setattr(TrainedAutoencoder, "decode", recording)
+    inpaint(trained, tmp_path / "o", "--num_samples=3", "--sample_img_size=18x20", "--config.train.sample_size=3",
+            f"--max_points={2 * 18 * 20}")
+    assert batches == [(2, False), (1, False)]

@@ -1,4 +1,4 @@
-"""Walks through the latent space as a user asks for them, on a tiny model."""
+"""interpolate.py on a tiny model."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.scripts import only_line, run_script
 INTERPOLATE = "experiments/interpolate.py"
 
 
-def walk(trained, output, *flags):
+def interpolate(trained, output, *flags):
     """({folder: list of uint8 images}, scores) of a run of 5 frames."""
     result = run_script(INTERPOLATE, *trained[1], "--sampling_steps=3", "--frames=5",
                         "--directions=2", "--encodings=10", "--output", output, *flags)
@@ -24,7 +24,7 @@ def walk(trained, output, *flags):
 
 
 def test_pairs_of_images_and_directions_as_strips_sheets_and_animations(trained, tmp_path):
-    images, scores = walk(trained, tmp_path / "o")
+    images, scores = interpolate(trained, tmp_path / "o")
     assert {name: len(group) for name, group in images.items()} == {
         "originals": 4, "frames": 2 * 5, "frames_strips": 2, "directions": 2 * 2 * 5, "directions_strips": 4}
     assert torch.equal(images["frames_strips"][1], torch.cat(images["frames"][5:], dim=2))
@@ -34,13 +34,14 @@ def test_pairs_of_images_and_directions_as_strips_sheets_and_animations(trained,
             assert frames.size[0] % 96 == 0 and 1 <= frames.n_frames <= 8  # there and back; equal ones become one
     assert len(scores["explained_variance"]) == 2 and 0 < sum(scores["explained_variance"]) <= 1
     assert scores["pairs"] == 2 and scores["settings"]["start"] == "invert"
-    # in the middle of each direction is the image itself, which is also where its walk to the other one starts
+    # the middle of each direction is the image itself, and so is the start of its path to the other image
     assert all((images["directions"][line * 5 + 2].int() - images["frames"][line // 2 * 5].int()).abs().max() <= 1
                for line in range(4))
 
 
 def test_inversion_leads_back_to_both_images_of_each_pair_and_noise_does_not(trained, tmp_path):
-    inverted, noise = (walk(trained, tmp_path / start, "--directions=0", "--sampling_steps=20", f"--start={start}")
+    flags = "--directions=0", "--sampling_steps=20"
+    inverted, noise = (interpolate(trained, tmp_path / start, *flags, f"--start={start}")
                        for start in ("invert", "noise"))
     for place, original in zip((0, 4, 5, 9), inverted[0]["originals"], strict=True):
         assert (inverted[0]["frames"][place].float() - original.float()).abs().mean() < 8
@@ -49,7 +50,7 @@ def test_inversion_leads_back_to_both_images_of_each_pair_and_noise_does_not(tra
 
 
 def test_between_samples_the_ends_are_those_that_generate_samples_makes(trained, tmp_path):
-    images, scores = walk(trained, tmp_path / "o", "--latent_config", trained[2][1], "--num_pairs=1",
+    images, scores = interpolate(trained, tmp_path / "o", "--latent_config", trained[2][1], "--num_pairs=1",
                           "--sample_img_size=20x16")
     assert "originals" not in images and "psnr_of_the_ends" not in scores
     made = run_script("experiments/generate_samples.py", "--config", trained[2][1], "--decoder_config",
@@ -64,7 +65,7 @@ def test_images_of_a_folder_at_their_own_size(trained, tmp_path):
     for i in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)
         picture(i, 24, 18).save(tmp_path / "in" / f"{i}.png")
-    images, scores = walk(trained, tmp_path / "o", "--input", tmp_path / "in", "--max_points=1000")
+    images, scores = interpolate(trained, tmp_path / "o", "--input", tmp_path / "in", "--max_points=1000")
     assert scores["pairs"] == 1 and images["frames"][0].shape == (3, 18, 24)
     assert torch.equal(images["originals"][1], read_image(tmp_path / "in" / "1.png"))
 
@@ -72,10 +73,10 @@ def test_images_of_a_folder_at_their_own_size(trained, tmp_path):
 @pytest.mark.parametrize("flags, named", [
     (["--frames=1"], "frames"), (["--num_pairs=0"], "num_pairs"), (["--reach=-1"], "reach"),
     (["--reach=inf"], "--reach=inf"), (["--start=x"], "start"),
-    (["--directions=7"], "--directions=7 are more than model.z_dim=6"), (["--encodings=1"], "encodings"),
+    (["--directions=7"], "--directions=7 must be at most model.z_dim=6"), (["--encodings=1"], "encodings"),
     (["--latent_config={latent}", "--start=invert"], "--start=invert need images"),
-    (["--latent_config={latent}", "--input=x"], "--latent_config the ends are samples"),
-    (["--input={one}"], "there is one image"), (["--max_points=5"], "--max_points=5"),
+    (["--latent_config={latent}", "--input=x"], "--latent_config interpolates samples"),
+    (["--input={one}"], "there is only one"), (["--max_points=5"], "--max_points=5"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
     (["--config.model.z_dim=0"], "without an encoder"),
 ])

@@ -1,4 +1,4 @@
-"""Both stages, sampling, reconstructions and scoring, end to end on a tiny model, as a user runs them."""
+"""Training, sampling, reconstructing and scoring a tiny model by the scripts."""
 
 import json
 import shutil
@@ -45,51 +45,20 @@ def test_a_run_folder_holds_what_it_should(trained):
 
 
 @pytest.mark.parametrize("overrides", [
-    ["--config.diffusion.schedule_sampler=loss-second-moment"],
-    ["--config.model.stochastic_encoding", "--config.model.learn_sigma", "--config.mc_integral.type=halton"],
-    ["--config.diffusion.multiscale_loss", "--config.diffusion.multiscale_max_img_size=8",
-     "--config.model.uno_conv_type=spectral", "--config.mc_integral.type=stratified"],
+    ["model.stochastic_encoding=True", "model.learn_sigma=True", "mc_integral.type=halton"],
+    ["diffusion.multiscale_loss=True", "diffusion.multiscale_max_img_size=8", "model.uno_conv_type=spectral",
+     "mc_integral.type=stratified", "diffusion.schedule_sampler=loss-second-moment"],
 ])
-def test_stage_1_stopped_and_started_again_equals_an_unbroken_run(tmp_path, overrides):
-    write_folder(tmp_path / "data", 23)
-    config = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
-    command = [STAGE_1, "--config", config, *overrides]
-    assert run_script(*command, "--config.run.experiment=whole").code == 0
-    for steps in (3, 4):
-        assert run_script(*command, "--config.run.experiment=parts", f"--config.train.max_steps={steps}").code == 0
-    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
-    for group in ("modules", "ema"):
-        assert whole[group].keys() == parts[group].keys()
-        assert all(torch.equal(value, parts[group][name]) for name, value in whole[group].items())
-    assert whole["sums"] == parts["sums"]
-
-
-def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path):
-    write_folder(tmp_path / "data", 23)
-    config = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
-
-    def losses(name, seed):
-        run_script(STAGE_1, "--config", config, f"--config.run.experiment={name}", f"--config.run.seed={seed}")
-        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
-
-    first, again, other = losses("a", 0), losses("b", 0), losses("c", 1)
-    assert first == again and len(first) == 2 and first != other
+def test_stage_1_trains_with_every_option(trained, tmp_path, overrides):
+    result = run_script(STAGE_1, *trained[1], f"--config.run.output_dir={tmp_path}", "--config.train.max_steps=2",
+                        *(f"--config.{override}" for override in overrides))
+    assert result.code == 0, result.err
 
 
 def test_the_bar_counts_the_sampling_steps_of_the_pictures(trained):
     for stage, arguments in ((STAGE_1, trained[1]), (STAGE_2, trained[2])):
         overrides = f"--config.run.experiment=pictures_{stage}", "--config.train.max_steps=1"
-        assert "making pictures, 40 of 40 sampling steps" in run_script(stage, *arguments, *overrides).err
-
-
-def test_stage_2_stopped_and_started_again_equals_an_unbroken_run(trained):
-    folder, _, both = trained
-    for name, steps in (("whole", 4), ("parts", 3), ("parts", 4)):
-        overrides = f"--config.run.experiment={name}", f"--config.train.max_steps={steps}"
-        assert run_script(STAGE_2, *both, *overrides).code == 0
-    whole, parts = (load_checkpoint(folder / "checkpoints" / name / "latent_checkpoint.pt")
-                    for name in ("whole", "parts"))
-    assert all(torch.equal(value, parts["ema"][name]) for name, value in whole["ema"].items())
+        assert "40 of 40 sampling steps" in run_script(stage, *arguments, *overrides).err
 
 
 def test_latents_cover_the_mirror_images_and_are_standardised(trained):
@@ -211,7 +180,8 @@ def test_samplers_and_eta(trained, tmp_path, monkeypatch):
         assert result.code == 0 and chosen.pop() == 2
 
 
-def test_exported_weights_do_what_the_checkpoints_do(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_exported_weights_replace_the_checkpoints_in_every_script(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, single, both = trained
     for config, run, name in ((single[1], "tiny", "weights"), (both[1], "tiny_sampler", "latent_weights")):
@@ -294,7 +264,8 @@ def test_reconstructions_and_how_close_they_are(trained, tmp_path):
     assert json.loads((tmp_path / "r" / "scores.json").read_text())["count"] == 4
 
 
-def test_a_trained_pair_is_scored_by_the_images_that_generate_samples_makes(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_calculate_fid_samples_a_trained_pair_as_generate_samples_does(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["experiments/calculate_fid.py", *trained[2], "--split=all", "--feature_model=efficientnet_lite0",
                "--num_samples=5", "--sampling_steps=3"]
@@ -311,7 +282,8 @@ def test_a_trained_pair_is_scored_by_the_images_that_generate_samples_makes(trai
     assert scored.out == first.out
     again = sample(trained[2], folder, "--num_samples=6")  # and sampling goes on where scoring left off
     assert len(again) == 6 and (folder / "00000.png").stat().st_mtime_ns == made["00000.png"]
-    for flags, named in ((["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of"), (["--num_samples=3"], "3 samples are too"),
+    for flags, named in ((["--eta=1", "--sampler=ddpm"], "--eta=1.0 applies to"),
+                         (["--num_samples=3"], "3 samples are too"),
                          (["--sample_img_size=8"], "--sample_img_size=8 must be")):
         assert named in only_line(run_script(*command, *flags))
 
@@ -349,6 +321,7 @@ def test_dropout_is_off_when_sampling(trained, tmp_path, monkeypatch):
     assert calls and not any(calls)
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_numbers_and_pictures(tmp_path):
     write_folder(tmp_path / "data", 80)
     path = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from experiments.lib.report_sections import Made
+from experiments.lib.report_sections import GeneratedImages
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config
 
@@ -65,7 +65,7 @@ def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
                               "Applications", "Scores", "While training", "Losses",
                               "Config, where it differs from the defaults", "Time", "Environment"]
     assert text.index("samples of 16x16 (1×), 3 steps of ddim") < text.index("samples of 64x64 (4×), 3 steps of ddim")
-    assert "of 4 reconstructions have their own original" in text and "ANOTHER CHECKPOINT" not in text
+    assert "of 4 reconstructions, their own original is the nearest" in text and "ANOTHER CHECKPOINT" not in text
     assert "nearest of 76 of the 76 training images" in text
     assert f"<figcaption>{made}/interpolate, 2 steps: frames</figcaption>" in text
     assert "<th>method</th><th>consistency psnr</th>" in text and "<td>lanczos</td>" in text
@@ -140,8 +140,8 @@ def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, mad
 
 def test_a_caption_names_the_scale_of_both_axes_where_they_differ(tmp_path):
     config = tiny_config(tmp_path)
-    settings = {"steps": 5, "sampler": "ddim", "decoder": ""}
-    captions = [Made(tmp_path, {**settings, "size": size}).caption("samples", config) for size in ([48, 24], [32, 32])]
+    captions = [GeneratedImages(tmp_path, {"steps": 5, "sampler": "ddim", "decoder": "", "size": size}).caption(
+        "samples", config) for size in ([48, 24], [32, 32])]
     assert "samples of 48x24 (3× and 1.5×), 5 steps" in captions[0] and "samples of 32x32 (2×), 5" in captions[1]
 
 

@@ -1,4 +1,4 @@
-"""Super-resolution as a user runs it, on a tiny model."""
+"""super_resolution.py on a tiny model."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data.images import read_image
-from diffusion import sampling as generate
+from experiments.lib.sampling import TrainedAutoencoder
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from utils.images import to_pil
@@ -89,10 +89,10 @@ def test_options_change_what_they_should(flags, tmp_path):
     (["--scale=2", "--sample_img_size=32"], "--scale=2 and --sample_img_size=32"),
     (["--sample_img_size=16"], "--sample_img_size=16x16 is no larger than the inputs, 16x16"),
     (["--sample_img_size=20x8"], "--sample_img_size=20x8"), (["--input_img_size=4"], "--input_img_size=4"),
-    (["--input=x", "--input_img_size=16"], "--input_img_size=16 is for held-out images"),
+    (["--input=x", "--input_img_size=16"], "--input_img_size=16 applies to held-out images"),
     (["--input=absent"], "--input=absent has no images"), (["--consistency=1.5"], "consistency"),
     (["--consistency=nan"], "--consistency=nan"),
-    (["--eta=1", "--sampler=ddpm"], "--eta=1.0 is of --sampler=ddim only"), (["--max_points=5"], "--max_points=5"),
+    (["--eta=1", "--sampler=ddpm"], "--eta=1.0 applies to --sampler=ddim only"), (["--max_points=5"], "--max_points=5"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
     (["--config.model.z_dim=0"], "without an encoder"),
 ])
@@ -101,10 +101,10 @@ def test_mistakes_are_one_line(flags, tmp_path, monkeypatch, wrong, named):
     assert named in only_line(run_script(SUPER_RESOLUTION, *flags, *wrong)) and not list(tmp_path.iterdir())
 
 
-def test_no_more_pixels_at_a_time_than_fit(flags, tmp_path, monkeypatch):
-    made, decode = [], generate.decode
-    monkeypatch.setattr(generate, "decode", lambda decoder, diffusion, z, *args, **options: (
-        made.append(len(z)), decode(decoder, diffusion, z, *args, **options))[1])
+def test_max_points_bounds_the_batch(flags, tmp_path, monkeypatch):
+    batches, decode = [], TrainedAutoencoder.decode
+    monkeypatch.setattr(TrainedAutoencoder, "decode", lambda self, z, *args, **options: (
+        batches.append(len(z)), decode(self, z, *args, **options))[1])
     enlarge(flags, tmp_path / "o", "--consistency=0", "--num_samples=3", "--config.train.sample_size=3", "--scale=2",
             f"--max_points={2 * 32 * 32}")
-    assert made == [2, 1]
+    assert batches == [2, 1]

@@ -6,41 +6,41 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.lib import html_report as page
+from experiments.lib.html_report import MAX_SIDE, embed, figure, grid, paragraph, picture, section, table
 from experiments.lib.plots import line_plot, to_bytes
 
 
 @pytest.mark.parametrize(("size", "shown", "scale"), [(16, 64, 2), (64, 64, 2), (128, 16, 2), (256, 4, 1), (512, 4, 1)])
-def test_a_sheet_shows_as_many_images_as_there_is_room_for(size, shown, scale):
+def test_a_grid_shows_as_many_images_as_there_is_room_for(size, shown, scale):
     side = round(shown**0.5)
-    content = page.sheet(torch.zeros(80, 3, size, size, dtype=torch.uint8), "many")
+    content = grid(torch.zeros(80, 3, size, size, dtype=torch.uint8), "many")
     width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', content).groups())
     assert width == height == side * size * scale
 
 
-def test_a_sheet_of_grey_images_in_columns():
-    content = page.sheet(torch.zeros(3, 1, 20, 10, dtype=torch.uint8), "three", columns=3, scale=1)
+def test_a_grid_of_grey_images_in_columns():
+    content = grid(torch.zeros(3, 1, 20, 10, dtype=torch.uint8), "three", columns=3, scale=1)
     assert 'width="30" height="20"' in content and "<figcaption>three</figcaption>" in content
 
 
 def test_a_picture_is_the_file_or_a_smaller_one(tmp_path):
-    for size, shown in (((30, 20), (30, 20)), ((4 * page.LARGEST, 40), (page.LARGEST, 10))):
+    for size, shown in (((30, 20), (30, 20)), ((4 * MAX_SIDE, 40), (MAX_SIDE, 10))):
         Image.new("RGB", size, "red").save(tmp_path / "image.png")
-        content = base64.b64decode(re.search('base64,([^"]*)"', page.picture(tmp_path / "image.png", "red"))[1])
+        content = base64.b64decode(re.search('base64,([^"]*)"', picture(tmp_path / "image.png", "red"))[1])
         with Image.open(io.BytesIO(content)) as image:
             assert image.size == shown and image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_text_is_escaped():
-    assert page.table([("a", "b"), ("<1>", 2)]) == (
+    assert table([("a", "b"), ("<1>", 2)]) == (
         '<div class="scroll"><table><tr><th>a</th><th>b</th></tr><tr><td>&lt;1&gt;</td><td>2</td></tr></table></div>')
-    for content in (page.paragraph("<x>"), page.figure("", "<x>"), page.section("<x>", "y"),
-                    page.embed(b"", "png", "<x>")):
+    for content in (paragraph("<x>"), figure("", "<x>"), section("<x>", "y"),
+                    embed(b"", "png", "<x>")):
         assert "&lt;x&gt;" in content and "<x>" not in content
 
 
 def test_a_section_without_content_is_left_out():
-    assert page.section("empty", "", "") == "" and "<h2>full</h2>" in page.section("full", "", "y")
+    assert section("empty", "", "") == "" and "<h2>full</h2>" in section("full", "", "y")
 
 
 def test_plots_are_files_that_do_not_change_by_themselves():
