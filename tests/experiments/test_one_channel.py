@@ -10,6 +10,8 @@ from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def grey_folder(config, folder):
     write_folder(folder / "data", 120, mode="L")

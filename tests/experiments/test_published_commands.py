@@ -7,6 +7,8 @@ import pytest
 from tests.data.layouts import write_folder, write_lsun
 from tests.scripts import run_script
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ('train_inf_ae_diffusion.py --config configs/ffhq_256_config.py '
          '--config.run.experiment="ffhq_mollified_256"')
 LATENT = ('train_latent_diffusion.py --config configs/ffhq_latent_config.py '

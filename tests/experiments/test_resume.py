@@ -14,6 +14,8 @@ from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
 from utils.logging import read_metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 9
 
 

@@ -56,7 +56,7 @@ def test_perfect_samples_are_as_near_as_other_true_ones_and_faint_ones_are_not(m
 
 @pytest.mark.parametrize("flags, said", [
     ([], "--samples is missing"),
-    (["--samples=nowhere"], "'nowhere' is not a folder"),
+    (["--samples=nowhere"], "=nowhere is not a folder"),
     (["--samples={}/perfect", "--config.data.num_heldout_functions=79"], "40 images, and twice as many held-out"),
     (["--samples={}/perfect", "--config.data.img_size=64"], "of 32x32, fewer pixels than the 49 wavenumbers"),
     (["--samples={}/perfect", "--output={}/config.py"], "config.py' is not a folder; choose another"),
