@@ -1,58 +1,44 @@
-"""The mollified diffusion process: forward, posterior, training losses, and the network as a denoiser of T x_0.
+"""The mollified diffusion process: forward process, posterior, training losses, and the network as a denoiser of T x_0.
 
-With the identity for a mollifier it is plain DDPM, and with states [B, Z] instead of images the diffusion of latents.
+With the identity as mollifier this is plain DDPM; with states [B, Z] it is the diffusion of latents.
 """
 
 import math
 
-from diffusion.losses import (
-    check_loss_type,
-    gaussian_kl,
-    grid_sizes,
-    mean_per_sample,
-    multiscale_loss,
-    prediction_loss,
-    vlb_weight,
-)
+from diffusion.losses import gaussian_kl, mean_per_sample, multiscale_loss, prediction_loss, vlb_weight
 from diffusion.mollifier import GaussianMollifier
 from diffusion.parameterisation import Parameterisation
 from diffusion.schedules import Schedule, log_snr_timesteps, make_betas, respaced_timesteps
 from utils.errors import UserError
 from utils.rng import randn
 
-IMAGE_VARIANCE = 0.25  # of a mollified image in [-1, 1] at a point, for preconditioning: photographs have 0.2 to 0.3
-LATENT_VARIANCE = 1.0  # latents are standardised
+IMAGE_VARIANCE = 0.25  # pointwise, of a mollified image in [-1, 1], for preconditioning; photographs have 0.2 to 0.3
 
 
 class GaussianDiffusion:
-    """Diffusion in the space of mollified images.
+    """Diffusion in the space of mollified images (docs/method.md, 3).
 
     schedule              diffusion.schedules.Schedule; every t below is int64 [B] in [0, len(schedule))
     mollifier             diffusion.mollifier.GaussianMollifier, T
-    parameterisation      diffusion.parameterisation.Parameterisation: what the network predicts
+    parameterisation      diffusion.parameterisation.Parameterisation, what the network predicts
     loss_type             mse, l1 or rescaled_mse
-    variance              of p(x_{t-1} | x_t): "large" (beta_t), "small" (beta~_t) or "learned" (between them, from a
-                          network with twice the channels: first the prediction, then the place between the two)
+    variance              of p(x_{t-1} | x_t): "large" (beta_t), "small" (beta~_t) or "learned" (between the two; the
+                          network then has twice the channels, predictions first)
     multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
-    balance_loss          weigh the steps as Parameterisation.balance says, so that those of high noise count as much
-                          as others: they decide the layout of an image, and what the latent has to say
+    balance_loss          weight the loss of each step by Parameterisation.balance, so that steps of high noise, which
+                          determine the layout of an image and train the latent, count as much as others
     """
 
     def __init__(
         self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None,
         balance_loss=False
     ):
-        check_loss_type(loss_type)
-        if multiscale_max_size is not None:
-            grid_sizes(multiscale_max_size)  # raises if there is none
         self.schedule = schedule
         self.mollifier = mollifier
         self.parameterisation = parameterisation
         self.loss_type = loss_type
         self.variance = variance
         self.multiscale_max_size = multiscale_max_size
-        if balance_loss and parameterisation.data_variance is None:
-            raise UserError("diffusion.balance_loss=True needs diffusion.precondition=True; change one of them")
         self.balance_loss = balance_loss
 
     @property
@@ -60,28 +46,32 @@ class GaussianDiffusion:
         return len(self.schedule)
 
     def q_sample(self, x0, t, noise):
-        """x_t = T(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi), like x0 (METHOD, forward).
+        """x_t = T(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi), like x0 (docs/method.md, 3.2).
 
-        noise   standard normal draws of the shape of x0; xi is this noise scaled for the resolution of x0
+        noise   standard normal draws, same shape as x0; xi is this noise scaled for the resolution of x0
         """
         signal = self.schedule.at("sqrt_alpha_bar", t, x0)
         level = self.schedule.at("sqrt_one_minus_alpha_bar", t, x0)
         return self.mollifier.blur(signal * x0 + level * self.mollifier.scale_noise(noise))
 
     def posterior(self, tx0, x_t, t):
-        """q(x_{t-1} | x_t, x_0) = N(mean, beta~_t T T*): mean like x_t, and beta~_t [B, 1, ...] (METHOD, posterior)."""
+        """q(x_{t-1} | x_t, x_0) = N(mean, beta~_t T T*) (docs/method.md, 3.3): mean like x_t, beta~_t [B, 1, ...].
+
+            mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) · T x_0
+                 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) · x_t
+        """
         at = self.schedule.at
         mean = at("posterior_x0", t, x_t) * tx0 + at("posterior_xt", t, x_t) * x_t
         return mean, at("posterior_variance", t, x_t)
 
     def training_losses(self, model_fn, x0, t, coords, noise=None, generator=None):
-        """Losses per sample, a dict of float32 [B].
+        """Losses per sample, a dict of float32 [B] (docs/method.md, 3.4).
 
         model_fn    (values [B, L, C], time float32 [B] in 0 ... 1000) -> [B, L, C], or [B, L, 2C] with learned variance
-        x0          images [B, C, H, W] with coords, the Coordinates of the points the network sees;
-                    or latents [B, Z] with coords None, and then values are [B, Z] as well
-        noise       standard normal draws like x0; drawn from `generator` (one, or a list of one per sample) where None
-        Returns "loss", to be minimised, "mse" of the prediction and, with learned variance, "vlb" in bits per value.
+        x0          images [B, C, H, W] with coords, the Coordinates of the points that the network sees;
+                    or latents [B, Z] with coords None and values [B, Z]
+        noise       standard normal draws like x0; by default drawn from `generator` (one, or a list of one per sample)
+        Returns "loss", the objective, "mse" of the prediction and, with learned variance, "vlb" in bits per value.
         """
         if noise is None:
             noise = randn(x0.shape, generator, x0.device)
@@ -94,8 +84,6 @@ class GaussianDiffusion:
         if self.balance_loss:
             losses["loss"] = losses["loss"] * self.parameterisation.balance(t, losses["loss"])
         if self.multiscale_max_size is not None:
-            if coords is None:
-                raise ValueError("the multiscale loss needs coordinates; latents have none")
             losses["loss"] = losses["loss"] + multiscale_loss(prediction, target, coords, self.multiscale_max_size)
         if self.variance == "learned":
             losses["vlb"] = self._vlb(prediction - target, fraction, t, coords)
@@ -103,16 +91,17 @@ class GaussianDiffusion:
         return losses
 
     def denoiser(self, model_fn, coords, clip=True):
-        """The network as a Denoiser; coords: Coordinates.full of the images to sample, or None for latents.
+        """The network as a Denoiser.
 
-        clip    keep the estimate of T x_0 in [-1, 1]: right for images, not for latents
+        coords  Coordinates.full of the images to sample, or None for latents
+        clip    clamp the estimate of T x_0 to [-1, 1]: True for images, False for latents
         """
         if coords is not None and not coords.is_full:
             raise ValueError("a denoiser needs every pixel; use Coordinates.full")
         return Denoiser(self, model_fn, coords, clip)
 
     def _predict(self, model_fn, values, t):
-        """Prediction of the network in float32 and the raw place of its variance (None unless it is learned)."""
+        """The prediction in float32, and the variance fraction in [-1, 1] (None unless variances are learned)."""
         output = model_fn(values, self.schedule.at("network_time", t, t)).to(values.dtype)
         fraction = None
         if self.variance == "learned":
@@ -120,16 +109,18 @@ class GaussianDiffusion:
         return self.parameterisation.prediction(output, values, t), fraction
 
     def _log_variance(self, fraction, t):
-        """Log variance between log beta~_t (fraction -1) and log beta_t (1) (Nichol and Dhariwal 2021, eq. 15)."""
+        """Log variance between log beta~_t (fraction -1) and log beta_t (fraction 1) (docs/method.md, 3.7; Nichol and
+        Dhariwal 2021, eq. 15)."""
         small = self.schedule.at("variance_small", t, fraction).log()
         large = self.schedule.at("betas", t, fraction).log()
         return small + (fraction + 1) / 2 * (large - small)
 
     def _vlb(self, prediction_error, fraction, t, coords):
-        """One term of the variational bound: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per value, [B].
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per value, [B] (docs/method.md, 3.7).
 
-        Of the pointwise marginals, whose variances are those of the steps times that of T xi. T x_0 is no 8-bit image,
-        so step 0 is a KL as well, with step 1's beta~. The mean is detached: the bound trains the variance alone.
+        Computed for the pointwise marginals, whose variance is that of the step times that of T xi. T x_0 is not an
+        8-bit image, so step 0 is a KL too, with beta~ of step 1. The mean is detached: the bound trains the variance
+        only.
         """
         x0_error = self.parameterisation.estimate_error(prediction_error.detach(), t, coords)
         mean_difference = self.schedule.at("posterior_x0", t, x0_error) * x0_error
@@ -139,7 +130,8 @@ class GaussianDiffusion:
 
 
 class Denoiser:
-    """denoise(x, t) -> estimate of T x_0, like x [B, C, H, W] (or [B, Z]): all that a sampler knows of a network."""
+    """denoise(x, t) -> estimate of T x_0, like x [B, C, H, W] or [B, Z]: the only view of a network that samplers have.
+    """
 
     def __init__(self, diffusion, model_fn, coords, clip):
         self.diffusion = diffusion
@@ -151,7 +143,7 @@ class Denoiser:
         return self.with_variance(x, t)[0]
 
     def with_variance(self, x, t):
-        """The estimate of T x_0, and the variance of p(x_{t-1} | x_t) in units of that of T xi, broadcastable to it."""
+        """The estimate of T x_0, and the variance of p(x_{t-1} | x_t) as a factor of T T*, broadcastable to x."""
         diffusion = self.diffusion
         values = _gather(x, self.coords)
         prediction, fraction = diffusion._predict(self.model_fn, values, t)
@@ -164,13 +156,12 @@ class Denoiser:
 
 
 def build_diffusion(config, steps=None, sampler="ddim"):
-    """GaussianDiffusion of a config of either stage.
+    """GaussianDiffusion for a checked config of either stage.
 
-    steps     visit only so many of the diffusion.steps steps (sampling); None: all (training)
-    sampler   for which they are chosen: dpm_solver has them evenly spaced in the log signal-to-noise ratio, and all
-              others in time
-    Latent configs have no mollifier, learned variance, preconditioning or multiscale loss: fields they lack are off.
-    Raises UserError for a value that is not allowed.
+    steps     number of steps of diffusion.steps to visit when sampling; None: all (training)
+    sampler   determines their spacing: even in the log SNR for dpm_solver, even in time otherwise
+    A stage-2 config has no fields for the mollifier, learned variance, preconditioning and the multiscale loss, which
+    are then off. Raises UserError for values that do not go together.
     """
     options, images = config.diffusion, "img_size" in config.get("data", {})
     resolution = config.data.img_size if images else None
@@ -182,15 +173,17 @@ def build_diffusion(config, steps=None, sampler="ddim"):
                    else respaced_timesteps(options.steps, steps, flag))
     schedule = Schedule.from_betas(betas, visited)
 
-    mollifier_type = options.get("mollifier_type", "none")
-    if mollifier_type not in ("dct", "none"):
-        raise UserError(f"diffusion.mollifier_type={mollifier_type!r} is unknown; use dct or none")
-    sigma = options.gaussian_filter_std if mollifier_type == "dct" else 0.0
-    mollifier = GaussianMollifier(sigma, resolution)
+    mollified = options.get("mollifier_type", "none") == "dct"
+    mollifier = GaussianMollifier(options.gaussian_filter_std if mollified else 0.0, resolution)
 
     data_variance = None
     if options.get("precondition", False):
-        data_variance = IMAGE_VARIANCE if images else LATENT_VARIANCE
+        if options.model_mean_type != "mollified_epsilon":
+            raise UserError("diffusion.precondition=True needs diffusion.model_mean_type='mollified_epsilon', not "
+                            f"{options.model_mean_type!r}; change one of them")
+        data_variance = IMAGE_VARIANCE
+    elif options.get("balance_loss", False):
+        raise UserError("diffusion.balance_loss=True needs diffusion.precondition=True; change one of them")
     variance = "small" if config.model.get("sigma_small", False) else "large"
     return GaussianDiffusion(
         schedule,

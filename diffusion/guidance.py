@@ -1,12 +1,12 @@
-"""Sampling images of which something is known: some pixels (inpainting), or a smaller version (super-resolution).
+"""Sampling under linear constraints: known pixels (inpainting) or a smaller version (super-resolution).
 
-What is known is A x_0 = y for a linear A with pseudo-inverse A⁺. States are mollified, and x_0 is the Wiener filter W
-of T x_0, so an estimate T x̂_0 has to change by
+The constraint is A x_0 = y for a linear A with pseudo-inverse A⁺ (docs/method.md, 6). States are mollified, and x_0 is
+the Wiener filter W of T x_0, so an estimate T x̂_0 has to change by
 
-    gap = T A⁺(y − A W T x̂_0),
+    gap = T A⁺(y − A W T x̂_0).
 
-which is T x̄ − T x̂_0 for the image x̄ that agrees with the data and, where they say nothing, with the estimate: T
-spreads the pixels, but no unknown one enters.
+This is T x̄ − T x̂_0. The image x̄ agrees with the data, and with the estimate where there are no data. T spreads pixels,
+but no unknown pixel enters.
 """
 
 import torch
@@ -16,7 +16,7 @@ from diffusion.samplers import ddim_step, white_noise
 
 
 class KnownPixels:
-    """A = A⁺ = m ⊙: known bool [B, 1, H, W] is the mask m of the known pixels, y an image with those and zeros."""
+    """A = A⁺ = m ⊙, with m the mask of known pixels, bool [B, 1, H, W]; y is the image with unknown pixels zero."""
 
     def __init__(self, known):
         self.known = known
@@ -31,7 +31,7 @@ class KnownPixels:
 class Downsampling:
     """A: bicubic resizing from `size` (H, W) to a smaller `low_size` (h, w), with antialiasing.
 
-    It is F.interpolate as one matrix per axis, D_h x D_wᵀ, so that A⁺ is exact as well.
+    F.interpolate as one matrix per axis, D_h x D_wᵀ, so that A⁺ is exact too.
     """
 
     def __init__(self, size, low_size, device=None):
@@ -43,7 +43,7 @@ class Downsampling:
         return _separable(self.axes, image)
 
     def pseudo_inverse(self, low):
-        """The smallest images [..., H, W] that `forward` takes to [..., h, w]."""
+        """The images [..., H, W] of least norm that `forward` maps to [..., h, w]."""
         return _separable(self.inverses, low)
 
 
@@ -51,7 +51,7 @@ class Constraint:
     """A x_0 = y in the mollified space.
 
     operator   KnownPixels or Downsampling: A and A⁺
-    data       y, float32, as operator.forward returns it
+    data       y, float32, in the shape of operator.forward's result
     mollifier  diffusion.mollifier.GaussianMollifier, T
     """
 
@@ -65,11 +65,11 @@ class Constraint:
         return self.mollifier.blur(self._missing(self.mollifier.sharpen(tx0)))
 
     def project(self, image):
-        """A⁺A of an image [B, C, H, W], the part that the data say something about: m ⊙ it, of known pixels."""
+        """A⁺A of an image [B, C, H, W], the part that the data determine; for known pixels, m ⊙ image."""
         return self.operator.pseudo_inverse(self.operator.forward(image))
 
     def enforce(self, image, iterations=20):
-        """The image [B, C, H, W], in [−1, 1], made to agree with the data: projected on both sets in turn."""
+        """The image [B, C, H, W] made to agree with the data within [−1, 1], by alternating projections."""
         for _ in range(iterations):
             image = (image + self._missing(image)).clamp(-1, 1)
         return image
@@ -79,9 +79,10 @@ class Constraint:
 
 
 class Consistent:
-    """A Denoiser whose estimates meet a constraint: T x̂_0 + weight · gap, for any sampler (weight 0 to 1).
+    """A Denoiser for any sampler whose estimates meet a constraint: T x̂_0 + weight · gap, weight in [0, 1]
+    (docs/method.md, 6.2).
 
-    With weight 1 the data's part of every estimate is that of the data (the null-space method of Wang et al. 2023).
+    Weight 1 replaces the part of the estimate that the data determine (null-space method, Wang et al. 2023).
     """
 
     def __init__(self, denoise, constraint, weight=1.0):
@@ -93,7 +94,7 @@ class Consistent:
         return self._corrected(self.denoise(x, t))
 
     def with_variance(self, x, t):
-        """The same, with the variance of the Denoiser."""
+        """The corrected estimate, and the variance of the Denoiser."""
         estimate, variance = self.denoise.with_variance(x, t)
         return self._corrected(estimate), variance
 
@@ -104,17 +105,17 @@ class Consistent:
 def guided_ddim(
     denoise, x, schedule, constraint, guidance, consistency=0.0, jumps=0, generator=None, noise_like=white_noise
 ):
-    """DDIM with reconstruction guidance (METHOD, applications) and resampling; yields (t, x) as samplers do.
+    """DDIM with reconstruction guidance and resampling (docs/method.md, 6.1); yields (t, x) like all samplers.
 
         x_{t−1} ← x_{t−1} − λ ∇_{x_t} ‖m ⊙ (T x̂_0(x_t, t) − T x̄)‖²
 
-    constraint   Constraint: what is known
-    guidance     λ, up to step 0, whose state is the estimate itself as in every sampler; 0 does without the gradient,
-                 which costs twice an evaluation of the network
-    consistency  weight of the gap that the estimate is corrected by before the step, as in Consistent; not in the
-                 gradient, which would vanish with it
-    jumps        after each step but the last, so many times back to x_t with fresh noise and down again, so that what
-                 is unknown gets in tune with what is known (RePaint, Lugmayr et al. 2022)
+    constraint   Constraint
+    guidance     λ, not applied at step 0, whose state is the estimate itself; 0 skips the gradient, which costs twice
+                 an evaluation of the network
+    consistency  weight of the gap added to the estimate before the step, as in Consistent; the gradient is that of the
+                 uncorrected estimate
+    jumps        repetitions of every step but the last: back to x_t with fresh noise and down again, which harmonises
+                 unknown with known parts (RePaint, Lugmayr et al. 2022)
     """
     for t, a, a_prev in schedule.reversed_pairs():
         for remaining in reversed(range(1 + (jumps if t > 0 else 0))):
@@ -129,12 +130,12 @@ def guided_ddim(
 
 
 def _push(denoise, x, t, constraint, guidance, a_prev):
-    """(T x̂_0, what guidance subtracts from x_{t−1}), both like x.
+    """(T x̂_0, the term that guidance subtracts from x_{t−1}), both like x.
 
-    The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² holds T x̄ fixed. Two things keep the state one of the process. The gradient is
-    that in the space of states x_t = T u: T T* of the one in pixels, which would add what T has not, for W to magnify.
-    And its norm is at most that of sqrt(alpha_bar_{t−1}) gap, the change that closes the gap: an estimate is
-    (x_t − b f) / a with a = 5e-5 at the first step, and so is its slope.
+    The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² treats T x̄ as constant. Two measures keep the state within the process:
+    T T* maps the gradient with respect to pixels to the space of states x_t = T u, since the Wiener filter would
+    amplify anything outside it. And the norm is limited to that of sqrt(alpha_bar_{t−1}) gap, the change that closes
+    the gap, because the slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
     """
     if guidance == 0:
         return denoise(x, t), 0.0
@@ -159,6 +160,6 @@ def _separable(axes, image):
 
 
 def _resizing(length, low_length, device):
-    """Matrix [low_length, length] of resizing one axis, float64: what resizing does to each pixel alone."""
-    pixels = torch.eye(length, dtype=torch.float64)[None, None]  # one column of an image each
+    """Matrix [low_length, length] that resizes one axis, float64."""
+    pixels = torch.eye(length, dtype=torch.float64)[None, None]  # each column is one unit pixel
     return F.interpolate(pixels, (low_length, length), mode="bicubic", antialias=True)[0, 0].to(device)

@@ -1,7 +1,7 @@
-"""What the network predicts, resolved in one place: training target, and the estimate of T x_0 from a prediction.
+"""What the network predicts: the training target, and the estimate of T x_0 from a prediction (docs/method.md, 3.5).
 
-For every mean type the estimate is linear in the state and in the prediction f: T x_0 = p x_t + q M f, where M = T for
-predictions of un-mollified quantities and M = 1 for what is mollified already. With a = sqrt(alpha_bar) and
+For every mean type the estimate is linear in the state and in the prediction f: T x_0 = p x_t + q M f. M is T for
+predictions of quantities before mollification, and the identity for mollified ones. With a = sqrt(alpha_bar) and
 b = sqrt(1 - alpha_bar), so that x_t = T(a x_0 + b xi):
 
     mean type           f             T x_0                   M
@@ -13,36 +13,25 @@ b = sqrt(1 - alpha_bar), so that x_t = T(a x_0 + b xi):
 
 import torch
 
-from utils.errors import UserError
-
-MEAN_TYPES = ("mollified_epsilon", "epsilon", "v", "xstart")
-
 
 class Parameterisation:
     """Conversions between the network's output and T x_0.
 
-    mean_type      one of MEAN_TYPES
+    mean_type      mollified_epsilon, epsilon, v or xstart
     schedule       diffusion.schedules.Schedule, which the steps t index
     mollifier      diffusion.mollifier.GaussianMollifier, T
-    data_variance  pointwise variance of T x_0; a number switches output preconditioning on (METHOD, decoder)
-    Raises UserError for an unknown mean type, and for preconditioning of any but mollified_epsilon.
+    data_variance  pointwise variance of T x_0 for output preconditioning, which only mollified_epsilon supports;
+                   None: no preconditioning
     """
 
     def __init__(self, mean_type, schedule, mollifier, data_variance=None):
-        if mean_type not in MEAN_TYPES:
-            raise UserError(f"diffusion.model_mean_type={mean_type!r} is unknown; use one of {', '.join(MEAN_TYPES)}")
-        if data_variance is not None and mean_type != "mollified_epsilon":
-            raise UserError(
-                f"diffusion.precondition=True needs diffusion.model_mean_type='mollified_epsilon', not {mean_type!r}; "
-                "change one of them"
-            )
         self.mean_type = mean_type
         self.schedule = schedule
         self.mollifier = mollifier
         self.data_variance = data_variance
 
     def target(self, x0, xi, t):
-        """What f should be, in image layout like x0 and the white noise xi [B, C, H, W]."""
+        """The target of f for images x0 and white noise xi, same shape [B, C, H, W]."""
         if self.mean_type == "mollified_epsilon":
             return self.mollifier.blur(xi)
         if self.mean_type == "epsilon":
@@ -55,9 +44,10 @@ class Parameterisation:
     def prediction(self, output, x_t, t):
         """f from the network's output F and the state, all [B, L, C]: F itself, or c_skip x_t + c_out F.
 
-        c_skip x_t is the best linear guess of T xi from x_t, and c_out the standard deviation of what it leaves over
-        (the idea of Karras et al. 2022): v_d and v_n being the pointwise variances of T x_0 and T xi,
-        c_skip = b v_n / (a² v_d + b² v_n) and c_out² = a² v_d v_n / (a² v_d + b² v_n).
+            c_skip = b v_n / (a² v_d + b² v_n),  c_out² = a² v_d v_n / (a² v_d + b² v_n)    (docs/method.md, 3.6)
+
+        v_d and v_n are the pointwise variances of T x_0 and T xi. c_skip x_t is the best linear predictor of T xi from
+        x_t, and c_out the standard deviation of its error (after Karras et al. 2022).
         """
         if self.data_variance is None:
             return output
@@ -67,21 +57,21 @@ class Parameterisation:
         return b * v_n / v_t * x_t + a * (v_d * v_n / v_t).sqrt() * output
 
     def balance(self, t, like):
-        """v_n / c_out², like a loss [B]: a squared error times it counts relative to what the best linear guess leaves.
+        """v_n / c_out², the loss weight that makes errors of F count equally at every step; like a loss [B].
 
-        The same weight in every step on the error of F, as Karras et al. 2022 choose (their lambda(sigma)).
+        This is lambda(sigma) of Karras et al. 2022, up to the constant v_n.
         """
         a, b = self._levels(t, like)
         v_d, v_n = self.data_variance, self.mollifier.noise_variance
         return (a**2 * v_d + b**2 * v_n) / (a**2 * v_d)
 
     def estimate(self, prediction, x_t, t, coords):
-        """T x_0 from the prediction and the state, [B, L, C] at the coordinates; exact where coords is full."""
+        """T x_0 from the prediction and the state, [B, L, C] at the coordinates; exact if coords is full."""
         p, q = self._coefficients(t, x_t)
         return p * x_t + q * self._mollified(prediction, coords)
 
     def estimate_error(self, prediction_error, t, coords):
-        """By how much an error of the prediction, [B, L, C], moves the estimate of T x_0."""
+        """Change of the estimate of T x_0 due to an error of the prediction, both [B, L, C]."""
         _, q = self._coefficients(t, prediction_error)
         return q * self._mollified(prediction_error, coords)
 
@@ -98,8 +88,10 @@ class Parameterisation:
         return 1 / a, -b / a
 
     def _mollified(self, values, coords):
-        """M of values [B, L, C]. On a subset T, an integral, is estimated as in the decoder: by a normalised sum over
-        the points that are there. coords None: values are the whole state."""
+        """M of values [B, L, C]; coords None: values are the whole state.
+
+        On a subset, the integral T is estimated by a sum over the present points, normalised by that of their weights.
+        """
         if self.mean_type == "mollified_epsilon" or self.mollifier.is_identity:
             return values
         if coords is None:

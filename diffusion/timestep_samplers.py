@@ -1,15 +1,13 @@
-"""Which step of the chain each training sample is noised to, and the weight that keeps its loss unbiased."""
+"""Timestep samplers: the step of each training sample and its unbiased loss weight (docs/method.md, 3.9)."""
 
 import torch
 
 from utils import distributed
 from utils.errors import UserError
 
-SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
-
 
 class UniformSampler:
-    """Every one of `steps` steps equally likely, with weight 1. It has no state."""
+    """Draws all steps with equal probability and weight 1; has no state."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -19,41 +17,39 @@ class UniformSampler:
         return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
     def sample(self, uniform):
-        """Steps t int64 [B] and weights 1 / (steps · probability of t) float32 [B], of uniform draws [B] in [0, 1)."""
+        """Steps t int64 [B] and weights 1 / (steps · p_t) float32 [B] from uniform draws [B] in [0, 1)."""
         probabilities = self.probabilities(uniform.device)
         t = torch.searchsorted(probabilities.cumsum(dim=0), uniform.double(), right=True).clamp(max=self.steps - 1)
         return t, (1 / (self.steps * probabilities[t])).float()
 
     def record(self, t, losses):
-        """Notes the unweighted losses [B] at the steps t [B] of one batch; they count from the next `end_step` on."""
+        """Store the unweighted losses [B] at the steps t [B] of one micro-batch until `end_step`."""
 
     def end_step(self):
-        """Takes in what all processes have recorded, in the order of the samples; call it after every update."""
+        """Update from the recorded losses of all ranks, in sample order; call after every optimiser step."""
 
     def state_dict(self):
         return {}
 
     def load_state_dict(self, state):
-        """Raises UserError if the state is that of another sampler."""
+        """Raises UserError for the state of another sampler."""
         if state:
-            raise UserError(
-                "diffusion.schedule_sampler='uniform', but the checkpoint was made with another; "
-                "use the config the run was started with"
-            )
+            raise UserError("diffusion.schedule_sampler='uniform', but the checkpoint was saved with another sampler; "
+                            "use the config of the run")
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """Importance sampling by loss (Nichol and Dhariwal 2021, eq. 18): p_t proportional to sqrt(E[L_t²]).
+    """Importance sampling by loss, p_t proportional to sqrt(E[L_t²]) (Nichol and Dhariwal 2021, eq. 18).
 
-    The expectation is over the last `history` losses of every step. A share of the draws stays uniform, and all of them
-    do until every step has a full history. The tables follow the device of their user, and nothing here makes it wait.
+    The expectation is over the last `history` losses of each step. A fraction uniform_share of the draws is uniform;
+    all are until every step has a full history. The tables move to the device of the arguments and never make it wait.
     """
 
     def __init__(self, steps, history=10, uniform_share=0.001):
         super().__init__(steps)
         self.history = history
         self.uniform_share = uniform_share
-        # one row more than there are steps: what is not to be kept is written there
+        # one more row than steps, for the losses that are discarded
         self._losses = torch.zeros(steps + 1, history, dtype=torch.float64)
         self._counts = torch.zeros(steps + 1, dtype=torch.int64)
         self._recorded = []
@@ -78,16 +74,16 @@ class LossSecondMomentSampler(UniformSampler):
         self.update(t, losses)
 
     def update(self, t, losses):
-        """Remembers the unweighted losses [B] at the steps t [B].
+        """Add the unweighted losses [B] at the steps t [B] to the history.
 
-        Losses that are not finite are left out: one of them would decide every later draw.
+        Non-finite losses are discarded, because a single one would determine all later draws.
         """
         self._to(t.device)
         losses = losses.detach().double()
         t, order = torch.where(losses.isfinite(), t, self.steps).sort(stable=True)
         losses = losses[order]
         new = torch.zeros_like(self._counts).scatter_add(0, t, torch.ones_like(t))
-        # the rank of a loss among those of its step in this batch; the last ones stay where there are too many
+        # rank of each loss among those of its step in this batch; of more than `history`, the last ones are kept
         rank = torch.arange(len(t), device=t.device) - (new.cumsum(dim=0) - new)[t]
         row = torch.where(rank < new[t] - self.history, self.steps, t)
         self._losses[row, (self._counts[t] + rank) % self.history] = losses
@@ -97,21 +93,17 @@ class LossSecondMomentSampler(UniformSampler):
         return {"losses": self._losses[:-1].clone(), "counts": self._counts[:-1].clone()}
 
     def load_state_dict(self, state):
-        """Raises UserError if the state is that of another sampler or of another number of steps."""
+        """Raises UserError for the state of another sampler or of another number of steps."""
         if "losses" not in state or state["losses"].shape != self._losses[:-1].shape:
-            raise UserError(
-                f"diffusion.schedule_sampler='loss-second-moment' with diffusion.steps={self.steps}, but the checkpoint"
-                " was made with others; use the config the run was started with"
-            )
+            raise UserError(f"diffusion.schedule_sampler='loss-second-moment' with diffusion.steps={self.steps}, but "
+                            "the checkpoint was saved with other values; use the config of the run")
         self._losses[:-1] = state["losses"]
         self._counts[:-1] = state["counts"]
 
 
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
+
+
 def build_timestep_sampler(config):
-    """The sampler that diffusion.schedule_sampler names, over all diffusion.steps. UserError if it is unknown."""
-    name, steps = config.diffusion.schedule_sampler, config.diffusion.steps
-    if name == "uniform":
-        return UniformSampler(steps)
-    if name == "loss-second-moment":
-        return LossSecondMomentSampler(steps)
-    raise UserError(f"diffusion.schedule_sampler={name!r} is unknown; use one of {', '.join(SCHEDULE_SAMPLERS)}")
+    """The sampler named by diffusion.schedule_sampler, over diffusion.steps steps."""
+    return SCHEDULE_SAMPLERS[config.diffusion.schedule_sampler](config.diffusion.steps)

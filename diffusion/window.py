@@ -1,11 +1,11 @@
-"""A window of a large image at the cost of the window: the rest of the image takes part at the training resolution.
+"""Sampling a window of a large image at the cost of the window; the rest takes part at the training resolution.
 
-Two states of one image go through the sampler in lockstep, both from the same noise function: the whole at the training
-resolution, and the pixels of the window in the large image. At every step the whole gives the output of the grid
-U-Net, which is all that points know of those far from them, and its state, interpolated with the cosines of the DCT,
-stands for the pixels around the window that the sparse layers reach, and in the end the Wiener filter. So the result
-differs from the same window of the large image by what the network makes of the whole differently at the two
-resolutions, and by details around the window that the training resolution cannot hold.
+Two states of one image are sampled in lockstep from the same noise function: the whole image at the training
+resolution, and the pixels of the window in the large image (docs/method.md, 5.4). At every step the whole provides the
+output of the grid U-Net, the only information that points have about distant ones. Its state, interpolated by the
+cosines of the DCT, also stands for the pixels around the window that the sparse layers and the Wiener filter read.
+The result differs from the same window of the large image in two respects: the network treats the whole differently at
+the two resolutions, and details around the window that the training resolution cannot represent are missing.
 """
 
 import copy
@@ -20,27 +20,27 @@ from diffusion.samplers import sample
 from models.large_images import Window
 from utils.errors import UserError
 
-# Distances from the window, in sigma: its state reaches so far, for the mollifier of predictions and the details that
-# the Wiener filter sees, and the state of the whole that surrounds it, as the filter's response falls by exp(-0.6 d).
+# Distances in sigma. MARGIN: how far the window's own state extends, for mollified predictions and for the details that
+# the Wiener filter reads. SURROUNDINGS: how far the state of the whole extends, as the filter's response decays as
+# exp(-0.6 d).
 MARGIN, SURROUNDINGS = 4, 24
 
 
 def check_window(diffusion):
-    """UserError where windows cannot be sampled: without a mollifier noise at two resolutions has nothing in common."""
+    """UserError without a mollifier: noise at two resolutions then has nothing in common."""
     if diffusion.mollifier.is_identity:
-        raise UserError("--window needs a model with diffusion.gaussian_filter_std above 0: without a mollifier the "
-                        "whole at the training resolution tells nothing of the window; sample the whole image")
+        raise UserError("--window needs a model with diffusion.gaussian_filter_std above 0; sample the whole image")
 
 
 @torch.no_grad()
 def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generators=None, channels=3, eta=0.0,
                   progress=None, max_points=None):
-    """A window of what diffusion.sampling.decode makes of latents z [B, Z], float32 [B, C, h, w] in [−1, 1].
+    """A window of the images that diffusion.sampling.decode returns for z [B, Z], float32 [B, C, h, w] in [-1, 1].
 
-    window       ((top, bottom), (left, right)) of the image of `size` (H, W); the other arguments are those of decode
+    window       ((top, bottom), (left, right)) in an image of `size` (H, W); other arguments as in decode
     """
     max_points = max_points or sys.maxsize
-    inner, _ = _surroundings(decoder, diffusion, Window(1, size, *window))
+    inner = _regions(decoder, diffusion, Window(1, size, *window))[0]
     at_once = max(max_points // max(inner.num_points, math.prod(diffusion.mollifier.train_size)), 1)
     images = []
     for first in range(0, len(z), at_once):
@@ -60,43 +60,43 @@ def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generator
 
 
 class _Coarse:
-    """The whole image at the training resolution, and the grid features at the present step."""
+    """The whole image at the training resolution; keeps the values and grid features of the current step."""
 
     def __init__(self, decoder, diffusion, z, max_points):
         self.decoder, self.diffusion, self.z, self.max_points = decoder, diffusion, z, max_points
         self.coords = Window.whole(len(z), diffusion.mollifier.train_size, z.device)
 
     def predict(self, values, t):
-        """values [B, L, C] -> the prediction [B, L, C], keeping values and grid features for the window."""
+        """values [B, L, C] -> the prediction [B, L, C]."""
         self.values = values
         self.grid = self.decoder.grid_features(values, t, self.z, self.coords, self.max_points)
         return self.decoder(values, t, self.z, self.coords, self.grid, self.max_points)
 
 
 class _Fine:
-    """The window and a margin around it, in the large image; each of its steps follows one of the whole."""
+    """The window with its margin in the large image; each of its steps follows one of the whole."""
 
     def __init__(self, decoder, diffusion, window, z, max_points, coarse):
         self.decoder, self.z, self.max_points, self.coarse = decoder, z, max_points, coarse
-        self.coords, self.surroundings = _surroundings(decoder, diffusion, window)
+        self.coords, self.field, self.surroundings = _regions(decoder, diffusion, window)
         self.diffusion = _with_mollifier(diffusion, _WindowMollifier(diffusion.mollifier, self.coords))
 
     def predict(self, values, t):
-        """values [B, L, C] -> the prediction [B, L, C], by a decoder that also sees the surroundings of the window."""
-        values = self._surrounded(self.coarse.coords.scatter(self.coarse.values), values)
-        out = self.decoder(values, t, self.z, self.surroundings, self.coarse.grid, self.max_points)
-        return self.coords.take(out, self.surroundings)
+        """values [B, L, C] -> the prediction [B, L, C] of the decoder, which also sees the receptive field around."""
+        values = self._surrounded(self.coarse.coords.scatter(self.coarse.values), values, self.field)
+        out = self.decoder(values, t, self.z, self.field, self.coarse.grid, self.max_points)
+        return self.coords.take(out, self.field)
 
     def sharpened(self, whole, state, window):
-        """The window of the image whose mollified states are these, whole [B, C, R, R] and state [B, C, h, w]."""
-        values = self._surrounded(whole, self.coords.gather(state))
+        """The sharpened window, from the last states of the whole [B, C, R, R] and of the window [B, C, h, w]."""
+        values = self._surrounded(whole, self.coords.gather(state), self.surroundings)
         mollifier = _WindowMollifier(self.coarse.diffusion.mollifier, self.surroundings)
         return mollifier.sharpen(self.surroundings.scatter(values))[(..., *window.within(self.surroundings))]
 
-    def _surrounded(self, whole, values):
-        """Values [B, L, C] at the window among those of its surroundings, from the state of the whole."""
-        image = self.surroundings.gather(_interpolate(whole, self.surroundings)).contiguous()
-        self.coords.put(values, self.surroundings, image)
+    def _surrounded(self, whole, values, outer):
+        """Values [B, L, C] at `outer`: those of the window inside, the interpolated state of the whole around it."""
+        image = outer.gather(_interpolate(whole, outer)).contiguous()
+        self.coords.put(values, outer, image)
         return image
 
 
@@ -105,20 +105,22 @@ def _start(side, channels, generators):
     return side.diffusion.mollifier.noise_like(like, generators)
 
 
-def _surroundings(decoder, diffusion, window):
-    """The window with the margin in which its state is computed, and with all that is seen around that."""
+def _regions(decoder, diffusion, window):
+    """Three growing windows: with the margin of the state, with the receptive field around it, and with all that the
+    Wiener filter reads."""
     whole = diffusion.mollifier
     blocks = [*decoder.points_to_grid.blocks, *decoder.blocks]
-    reach = (sum(halves) for halves in zip(*(block.halo(window.image_size) for block in blocks), strict=True))
+    halo = [sum(halves) for halves in zip(*(block.halo(window.image_size) for block in blocks), strict=True)]
     sigma = [whole.sigma * length / train for length, train in zip(window.image_size, whole.train_size, strict=True)]
     inner = window.grown([math.ceil(MARGIN * pixels) for pixels in sigma])
-    return inner, inner.grown([max(halo, math.ceil((SURROUNDINGS - MARGIN) * pixels)) for halo, pixels in
-                               zip(reach, sigma, strict=True)])
+    return inner, inner.grown(halo), inner.grown([math.ceil((SURROUNDINGS - MARGIN) * pixels) for pixels in sigma])
 
 
 class _WindowMollifier(GaussianMollifier):
-    """The mollifier of a large image at a window of it: noise is exact, blurring and sharpening where the border of the
-    window is far or is that of the image."""
+    """The mollifier of a large image, applied at a window of it.
+
+    Noise is exact; blurring and sharpening are exact far from borders of the window that are not borders of the image.
+    """
 
     def __init__(self, whole, window):
         share = (length / total for length, total in zip(window.size, window.image_size, strict=True))
@@ -141,12 +143,12 @@ def _with_mollifier(diffusion, mollifier):
 
 
 def _copies(generators):
-    """Generators that draw what the given ones will."""
+    """Copies of the generators in their current state."""
     return generators and [torch.Generator(one.device).set_state(one.get_state()) for one in generators]
 
 
 def _interpolate(image, window):
-    """image [B, C, R, R] of the whole at the pixels of a window, [B, C, h, w], by its cosines."""
+    """The whole image [B, C, R, R] at the pixels of a window, [B, C, h, w], by cosine interpolation."""
     rows, columns = (_cosine_matrix(span, length, known, image.device, image.dtype) for span, length, known in
                      zip((window.rows, window.columns), window.image_size, image.shape[-2:], strict=True))
     with torch.autocast(image.device.type, enabled=False):

@@ -16,10 +16,10 @@ from torch.utils.data import Subset
 
 from data.datasets import build_dataset
 from data.loader import all_batches
-from diffusion.sampling import reconstruction_scores
 from experiments.lib.common_flags import max_points_flag, sampler_flag, size_flag, steps_flag
 from experiments.lib.image_folders import ImageFolder
 from experiments.lib.sampling import TrainedAutoencoder
+from experiments.metrics.images import reconstruction_scores
 from utils import cli, config, distributed
 from utils.errors import UserError
 from utils.files import replacing

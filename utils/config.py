@@ -51,6 +51,11 @@ ONE_OF = {
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.nonfinite": ("stop", "skip"),
     "data.channels": (1, 3),
+    "diffusion.noise_schedule": ("cosine", "linear", "shifted_cosine", "const0.008"),
+    "diffusion.schedule_sampler": ("uniform", "loss-second-moment"),
+    "diffusion.loss_type": ("mse", "l1", "rescaled_mse"),
+    "diffusion.mollifier_type": ("dct", "none"),
+    "diffusion.model_mean_type": ("mollified_epsilon", "epsilon", "v", "xstart"),
     "mc_integral.type": ("uniform", "halton", "stratified"),
 }
 

@@ -16,11 +16,10 @@ from data.datasets import build_dataset
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.mollifier import GaussianMollifier
-from diffusion.sampling import reconstruction_scores
 from experiments.lib.image_folders import ImageFolder, SampleFolder
 from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.fid import MIN_IMAGES, compare
-from experiments.metrics.images import denoising_error
+from experiments.metrics.images import denoising_error, reconstruction_scores
 from models.build import build_decoder, build_encoder
 from utils import config
 from utils.device import ROOT, autocast

@@ -1,8 +1,7 @@
-"""Images to the feature vectors that scores compare: Inception (FID), CLIP (FID_CLIP), or a small offline network.
+"""Feature vectors of images for the scores: Inception (FID), CLIP (FID_CLIP), or a small network that works offline.
 
-Preprocessing is that of clean-fid (Parmar et al. 2022): 8-bit images, resized by Pillow with antialiasing.
-
-Random crops of images at full resolution, for scores that see detail which resizing would remove.
+Preprocessing is that of clean-fid (Parmar et al. 2022): 8-bit images, resized by Pillow with antialiasing. Instead of
+resized images, random crops at full resolution can be scored (Crops).
 """
 
 import functools
@@ -25,12 +24,12 @@ from utils import distributed
 from utils.errors import UserError
 from utils.rng import seed_of
 
-PREPROCESSING_VERSION = 1  # raise it when a change below alters features, so that cached statistics are not reused
+PREPROCESSING_VERSION = 1  # increment when a change here alters features, which invalidates cached statistics
 
-# Where clean-fid and the clip package keep what they download, and from where.
+# Files to which clean-fid and the clip package download weights, and their sources
 INCEPTION_FILE = Path("." if os.name == "nt" else "/tmp") / "inception-2015-12-05.pt"
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-CLIP_FILE = Path.home() / ".cache" / "clip" / "ViT-B-32.pt"
+CLIP_FILE = Path(os.path.expanduser("~/.cache/clip")) / "ViT-B-32.pt"
 CLIP_URL = ("https://openaipublic.azureedge.net/clip/models/"
             "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt")
 CLIP_SIZE = 224
@@ -38,16 +37,16 @@ CLIP_INSTALL = "pip install git+https://github.com/openai/CLIP.git"
 
 
 class FeatureModel(NamedTuple):
-    """A network with fixed weights and the preprocessing that belongs to it.
+    """A network with fixed weights, and its preprocessing.
 
     name        key of NETWORKS
-    score_name  what the Fréchet distance of its features is called
-    size        S, the side of the images that the network takes
-    prepare     uint8 array [H, W, 3] -> float32 array [S, S, 3], values in 0..255
-    network     float32 [B, 3, S, S] on `device`, values in 0..255 -> [B, D]
+    score_name  name of the Fréchet distance between its features
+    size        S, the side of its input images
+    prepare     uint8 array [H, W, 3] -> float32 array [S, S, 3], values in 0 ... 255
+    network     float32 [B, 3, S, S] on `device`, values in 0 ... 255 -> [B, D]
     device      torch.device of the network
     weights     Path of the weights
-    sha256      of that file
+    sha256      digest of that file
     """
 
     name: str
@@ -63,44 +62,39 @@ class FeatureModel(NamedTuple):
 def build_feature_model(name, device="cpu", weights=None, download=False):
     """The FeatureModel called `name`, in eval mode.
 
-    weights   file to load; None means where clean-fid or the package of the network keeps it
-    download  fetch the file there if it is missing; without it nothing ever touches the network
-    Raises UserError for an unknown name, a missing package, and missing or unreadable weights.
+    weights   file with the weights; None: where clean-fid or the network's own package stores it
+    download  download the file if it is missing; otherwise the internet is never accessed
+    Raises UserError for a missing package, and for missing or unreadable weights.
     """
-    if name not in NETWORKS:
-        raise UserError(f"feature_model={name!r} must be one of {', '.join(NETWORKS)}")
     kind, device = NETWORKS[name], torch.device(device)
     path = Path(weights) if weights else kind.usual_file()
     if not path.is_file():
         if weights:
-            raise UserError(f"weights={weights!r} is not a file; give the file with the weights of {name}")
+            raise UserError(f"--weights={weights} is not a file; give the file with the weights of {name}")
         if not download:
-            raise UserError(f"feature_model={name}: its weights are not at {path}; fetch {kind.url} and pass the file "
-                            "with --weights, or let --download put it there")
+            raise UserError(f"--feature_model={name}: its weights are not at {path}; add --download, or fetch "
+                            f"{kind.url} and pass the file with --weights")
         _download(kind, path)
     try:
         network = kind.load(path, device)
     except (RuntimeError, OSError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"weights={str(path)!r} does not hold the weights of {name} ({type(error).__name__}); "
-                        "replace the file") from error
+        raise UserError(f"{path} does not contain the weights of {name} ({type(error).__name__}); replace the file"
+                        ) from error
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return FeatureModel(name, kind.score_name, kind.size, kind.prepare, network, device, path, sha256)
 
 
-def extract(images, feature_model, device="cpu", batch_size=64, num_workers=0, progress=None):
-    """Feature vectors of images, float32 array [N, D]; the order is kept, nothing is flipped or cropped at random.
+def extract(images, feature_model, batch_size=64, num_workers=0, progress=None):
+    """Feature vectors of images in their order, float32 array [N, D]; no augmentation.
 
-    Several processes share the work, and all of them get the result.
+    All ranks share the work, and all return the result.
 
-    images         anything with a length and indices that gives uint8 [C, H, W] tensors, C = 1 or 3: a data set,
-                   a list, or one tensor [N, C, H, W]
-    feature_model  a FeatureModel, or a name, which is then built on `device`
-    num_workers    processes that read and resize
-    progress       label of a progress bar; None shows none
-    Raises UserError for an image that can't be read, ValueError for one of another type or shape.
+    images         sequence of uint8 [C, H, W] tensors, C = 1 or 3: a data set, a list, or one tensor [N, C, H, W]
+    feature_model  FeatureModel
+    num_workers    worker processes that read and resize
+    progress       label of a progress bar; None: no bar
+    Raises UserError for an unreadable image, ValueError for another dtype or shape.
     """
-    if isinstance(feature_model, str):
-        feature_model = build_feature_model(feature_model, device)
     if len(images) == 0:
         raise ValueError("there are no images to extract features from")
     batches = list(torch.utils.data.BatchSampler(range(len(images)), batch_size, drop_last=False))
@@ -119,8 +113,7 @@ def extract(images, feature_model, device="cpu", batch_size=64, num_workers=0, p
 
 
 class _Prepared(torch.utils.data.Dataset):
-    """Images after the preprocessing of a network; a UserError is handed on as an item, because a worker process
-    would turn it into a page of traceback."""
+    """Preprocessed images. A UserError is returned as an item, since a worker would turn it into a traceback."""
 
     def __init__(self, images, prepare):
         self.images = images
@@ -148,14 +141,14 @@ def _collate(items):
 
 
 def _resize(size, image):
-    """Each channel apart in float32, not rounded back to 8 bits: clean-fid's clean mode."""
+    """clean-fid's clean mode: each channel separately in float32, without rounding to 8 bits."""
     channels = [Image.fromarray(image[..., c].astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
                 for c in range(3)]
     return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=-1)
 
 
 def _resize_clip(image):
-    """The short side to 224 and the centre of the long one, in 8 bits: clean-fid's preprocessing for CLIP."""
+    """clean-fid's preprocessing for CLIP: the short side to 224 pixels, centre crop, in 8 bits."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
 
@@ -163,13 +156,9 @@ def _resize_clip(image):
     return np.array(center_crop(resized, CLIP_SIZE), dtype=np.float32)
 
 
-def _inception_file():
-    return INCEPTION_FILE
-
-
 def _load_inception(path, device):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, but what these weights were published in
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but these weights are published in it
         layers = torch.jit.load(str(path), map_location=device).eval().layers
     return lambda images: layers((images - 128) / 128).flatten(1)
 
@@ -188,7 +177,7 @@ def _clip_package():
 
 
 def _clip_file():
-    _clip_package()  # to be told of a missing package before fetching weights for it
+    _clip_package()  # report a missing package before missing weights
     return CLIP_FILE
 
 
@@ -225,14 +214,14 @@ def _package(module, install):
 
 
 def _download(kind, path):
-    """Into a folder of its own first, so that a broken download is never taken for the weights."""
+    """Download to a temporary folder first, so that an incomplete file never looks like the weights."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             os.replace(kind.fetch(folder), path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"could not download {kind.url} ({error}); fetch it by hand and pass the file with "
-                        "--weights") from error
+        raise UserError(f"{kind.url} cannot be downloaded ({error}); fetch it by hand and pass it with --weights"
+                        ) from error
 
 
 class _Network(NamedTuple):
@@ -242,11 +231,11 @@ class _Network(NamedTuple):
     load: Callable  # (path, device) -> network
     usual_file: Callable  # () -> Path
     url: str | None = None
-    fetch: Callable | None = None  # (folder) -> path of the file downloaded into it
+    fetch: Callable | None = None  # (folder) -> path of the file that was downloaded there
 
 
-NETWORKS = {  # only a distance of Inception's features is called FID
-    "inception_v3": _Network("FID", 299, functools.partial(_resize, 299), _load_inception, _inception_file,
+NETWORKS = {  # only the distance between Inception features is called FID
+    "inception_v3": _Network("FID", 299, functools.partial(_resize, 299), _load_inception, lambda: INCEPTION_FILE,
                              INCEPTION_URL, _fetch_inception),
     "clip_vit_b_32": _Network("FID_CLIP", CLIP_SIZE, _resize_clip, _load_clip, _clip_file, CLIP_URL, _fetch_clip),
     "efficientnet_lite0": _Network("FD_efficientnet_lite0", 224, functools.partial(_resize, 224), _load_efficientnet,
@@ -255,16 +244,13 @@ NETWORKS = {  # only a distance of Inception's features is called FID
 
 
 class Crops:
-    """`count` square crops from uint8 images [C, H, W] of one size (H, W), as uint8 tensors [C, side, side].
+    """`count` square crops of uint8 images [C, H, W], all of size (H, W), as uint8 tensors [C, side, side].
 
-    Crop i is of image i · N // count, so that all of the N images take part evenly, at a place that is a function of i
-    alone. Nothing is resized: the images are to be given at the resolution that is to be judged.
-    Raises ValueError for a side that does not fit.
+    Crop i comes from image i · N // count, so that the N images contribute equally, at a position that is a function of
+    i alone. Nothing is resized.
     """
 
     def __init__(self, images, size, count, side):
-        if not 1 <= side <= min(size):
-            raise ValueError(f"crops of {side}x{side} do not fit into images of {size[0]}x{size[1]}")
         self.images, self.size, self.count, self.side = images, size, count, side
 
     def __len__(self):

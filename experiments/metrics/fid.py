@@ -1,10 +1,5 @@
-"""Distances between two sets of feature vectors: Fréchet (FID and its kin) and kernel (KID). NumPy only.
-
-Statistics of real images on disk, so that a data set of 70,000 images is put through a network once.
-
-All scores of samples against real images, in the features of one network.
-
-What a score was computed from, in words, and where that departs from the paper's protocol.
+"""Scores of samples against real images in the features of one network: Fréchet distance (FID, FID_CLIP), KID,
+precision and recall (docs/method.md, 7); statistics of real images on disk; the protocol of a score.
 """
 
 import hashlib
@@ -22,18 +17,18 @@ from experiments.metrics.precision_recall import precision_recall
 from utils import distributed
 from utils.files import replacing
 
-MIN_IMAGES = 4  # two subsets of two, the fewest that give KID a standard error
-KERNEL_FEATURES = 50_000  # how many feature vectors a Statistics keeps for KID
-CHUNK = 4096  # rows turned into float64 at a time
+MIN_IMAGES = 4  # two subsets of two images, the fewest for a standard error of KID
+KERNEL_FEATURES = 50_000  # feature vectors that a Statistics keeps
+CHUNK = 4096  # rows converted to float64 at a time
 
 
 class Statistics(NamedTuple):
-    """What a score needs to know about one set of images.
+    """Statistics of one set of images, sufficient for all scores.
 
     mean        float64 [D]
     covariance  float64 [D, D], unbiased (divided by count - 1)
-    count       number of images behind mean and covariance
-    features    float32 [n, D]: all of them or, of more than KERNEL_FEATURES, a random part; used by KID
+    count       number of images
+    features    float32 [n, D]: all features, or a random subset of KERNEL_FEATURES, for KID, precision and recall
     """
 
     mean: np.ndarray
@@ -43,16 +38,16 @@ class Statistics(NamedTuple):
 
 
 def statistics(features):
-    """Statistics of a feature matrix [N, D], N >= 4. Raises ValueError for another shape and for nan or infinity."""
+    """Statistics of a feature matrix [N, D], N >= 4. Raises ValueError for another shape or non-finite values."""
     features = np.asarray(features, dtype=np.float32)
     if features.ndim != 2 or len(features) < MIN_IMAGES:
         raise ValueError(f"features must be [N, D] with N >= {MIN_IMAGES}, got {features.shape}")
     if not np.isfinite(features).all():
-        raise ValueError("features hold nan or infinity")
+        raise ValueError("features contain nan or infinity")
     count, width = features.shape
     mean = features.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((width, width))
-    for start in range(0, count, CHUNK):  # in parts: 70,000 x 2048 in float64 would be another gigabyte
+    for start in range(0, count, CHUNK):  # 70,000 x 2048 in float64 would take another gigabyte
         centred = features[start:start + CHUNK] - mean
         covariance += centred.T @ centred
     covariance /= count - 1
@@ -62,11 +57,13 @@ def statistics(features):
 
 
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
-    """Fréchet distance |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Fréchet distance of two normal distributions, float >= 0, computed in float64 (docs/method.md, 7.1).
 
-    S_a S_b has the eigenvalues of the symmetric S_a^½ S_b S_a^½, so no square root of a general matrix is needed and
-    covariances without full rank (fewer images than feature dimensions) are no special case. Takes [D] and [D, D],
-    computes in float64, returns a float >= 0.
+        |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½)                                    (Heusel et al. 2017, eq. 6)
+
+    S_a S_b has the eigenvalues of the symmetric matrix S_a^½ S_b S_a^½, so its trace needs no square root of a general
+    matrix, and singular covariances (fewer images than dimensions) are no special case. Takes means [D] and covariances
+    [D, D]; raises ValueError for other shapes.
     """
     mean_a, covariance_a = np.asarray(mean_a, dtype=np.float64), np.asarray(covariance_a, dtype=np.float64)
     mean_b, covariance_b = np.asarray(mean_b, dtype=np.float64), np.asarray(covariance_b, dtype=np.float64)
@@ -82,11 +79,12 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 
 def _square_root(covariance):
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T  # zeros may come out as rounding below zero
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T  # rounding may make zeros negative
 
 
 def kernel_distance(x, y):
-    """Unbiased estimate of MMD² with the kernel (u·v/D + 1)³ (Bińkowski et al. 2018), from x [n, D] and y [m, D]."""
+    """Unbiased estimate of MMD² with the kernel (u·v/D + 1)³, from x [n, D] and y [m, D] (docs/method.md, 7.2;
+    Bińkowski et al. 2018)."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     within = [(np.sum(k) - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (_kernel(x, x), _kernel(y, y))]
     return float(sum(within) - 2 * _kernel(x, y).mean())
@@ -97,18 +95,17 @@ def _kernel(u, v):
 
 
 def kid(features_a, features_b, subset_size=1000, seed=0):
-    """Kernel inception distance and its standard error, (float, float), of feature matrices [N, D] and [M, D].
+    """(KID, its standard error), floats, of feature matrices [N, D] and [M, D] (docs/method.md, 7.2).
 
-    The mean of kernel_distance over disjoint random subsets, as many as have subset_size vectors (at least one). The
-    standard error is that of such a mean over ten subsets or more: where there are fewer, the same vectors are cut
-    into smaller subsets for it alone, which overstates it.
+    KID is the mean of kernel_distance over disjoint random subsets of subset_size vectors, or over one smaller subset.
+    The standard error needs about ten subsets; with fewer, it is computed from smaller ones, which overstates it.
     """
     fewest = min(len(features_a), len(features_b))
     if fewest < MIN_IMAGES:
         raise ValueError(f"KID needs {MIN_IMAGES} images on either side, got {len(features_a)} and {len(features_b)}")
     count = max(fewest // subset_size, 1)
     count_for_error = max(count, min(10, fewest // 2))
-    largest = 2 * subset_size  # the larger set is used up to this, so that its kernel stays small
+    largest = 2 * subset_size  # per subset of the larger set, to bound its kernel matrix
     estimates = _subset_estimates(features_a, features_b, count, largest, seed)
     spread = estimates
     if count_for_error > count:
@@ -125,12 +122,8 @@ def _subset_estimates(features_a, features_b, count, largest, seed):
     return [kernel_distance(features_a[a], features_b[b]) for a, b in zip(*subsets, strict=True)]
 
 
-def score(features_a, features_b):
-    """Fréchet distance and KID of two feature matrices [N, D] (or Statistics of them), as a dict of numbers.
-
-    Keys: frechet, kid, kid_standard_error, count_a, count_b.
-    """
-    a, b = (given if isinstance(given, Statistics) else statistics(given) for given in (features_a, features_b))
+def score(a, b):
+    """Fréchet distance and KID of two Statistics: {frechet, kid, kid_standard_error, count_a, count_b}."""
     value, standard_error = kid(a.features, b.features)
     return {"frechet": frechet_distance(a.mean, a.covariance, b.mean, b.covariance),
             "kid": value, "kid_standard_error": standard_error, "count_a": a.count, "count_b": b.count}
@@ -140,12 +133,12 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.
 
 
 def cached_statistics(folder, label, key, compute):
-    """The Statistics stored for `key` in `folder`, or those of compute(), which are then stored.
+    """The Statistics stored for `key` in `folder`, or else compute(), whose result is stored.
 
-    label  start of the file's name, for people
-    key    printable; everything the statistics depend on. Another key is another file; a file that is damaged or
-           belongs to another key is written anew.
-    Of several processes the main one reads and writes; all call compute(), and it is the main one's result that counts.
+    label  start of the file name, for readers
+    key    printable; everything that the statistics depend on. Each key has its own file; a damaged file, or one with
+           another key, is replaced.
+    Rank 0 reads and writes. All ranks call compute(); the result of rank 0 is used.
     """
     path = Path(folder) / f"{label}_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
     found = _read(path, repr(key)) if distributed.is_main() else None
@@ -157,8 +150,8 @@ def cached_statistics(folder, label, key, compute):
         return made
     try:
         _write(path, repr(key), made)
-    except OSError as error:  # the score is still good
-        logging.warning("statistics of the real images could not be kept in %s: %s", path, error)
+    except OSError as error:  # the score is still valid
+        logging.warning("statistics of the real images could not be saved to %s: %s", path, error)
     return made
 
 
@@ -182,17 +175,17 @@ def _write(path, key, statistics):
 
 
 def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=3, batch_size=64, num_workers=0):
-    """Dict of the numbers of metrics.score, precision and recall, and of what the real images were.
+    """All scores of samples against real images, and a description of both, as a dict of plain data.
 
-    Several processes share the work of the network; the main one gets the result, the others None.
+    All ranks share the work; rank 0 returns the result, the others None.
 
-    samples     images as uint8 [C, H, W] with their common `size` (H, W), such as a SampleFolder
+    samples     sequence of uint8 [C, H, W] images with a common `size` (H, W), such as a SampleFolder
     real        data sets (data.datasets.base) that together are the real images; all of one size
     model       experiments.metrics.features.FeatureModel
-    cache       folder in which the statistics of the real images are kept
-    crops       compare so many random crops of crop_size² pixels of either side; None: whole images, resized
+    cache       folder for the statistics of the real images
+    crops       number of random crops of crop_size² pixels to compare from either side; None: whole images, resized
     neighbours  k of precision and recall
-    batch_size, num_workers   of the feature network, and processes that read and resize
+    batch_size, num_workers   of the feature network, and worker processes that read and resize
     """
     def of(images, size, label):
         pieces = Crops(images, size, crops, crop_size) if crops else images

@@ -1,14 +1,4 @@
-"""How close one 8-bit image is to another: PSNR, SSIM, and how much a filled-in region looks like what was there.
-
-The power spectrum of images as functions over [0, 1]², which does not depend on how many pixels they have.
-
-How well a network denoises, in a figure that compares models of different mollifiers and parameterisations.
-
-Training losses do not: a network that predicts xi, v or T xi is measured in other units at every step, and T xi has a
-variance that depends on sigma. What all of them have is an estimate of the image.
-
-Are samples copies of training images? The nearest training images of each, in the distance after the mollifier.
-"""
+"""Scores of single images: closeness to an original, spectrum, denoising error, and distance to the training images."""
 
 from typing import NamedTuple
 
@@ -24,13 +14,16 @@ from data.loader import all_batches
 from diffusion.sampling import encode
 from utils import rng
 
-HIGHEST = 100.0  # dB, of equal images, so that every figure is finite
+HIGHEST = 100.0  # dB; PSNR of equal images, so that every figure is finite
+# Fraction of the chain for denoising_error. Beyond it x_t carries almost no information about x_0, and an estimate from
+# predicted noise is mostly the network's error over sqrt(alpha_bar), which sampling corrects in later steps.
+STEPS_SHARE = 0.75
 
 
 def psnr(image, truth, where=None):
     """Peak signal-to-noise ratio in dB, at most HIGHEST, of images [C, H, W] with values in 0 ... 255.
 
-    where   bool [1, H, W]: of these pixels alone
+    where   bool [1, H, W]: restricts it to these pixels
     """
     errors = (image.double() - truth.double()).square()
     if where is not None:
@@ -45,10 +38,9 @@ def ssim(image, truth):
 
 
 def roughness(image, inside):
-    """Sums of absolute differences between neighbouring pixels of uint8 [C, H, W] (texture, seam).
+    """(texture, seam): sums of absolute differences between neighbouring pixels of uint8 [C, H, W].
 
-    inside    bool [1, H, W], a region
-    texture   of pairs within the region, seam of pairs across its border
+    inside    bool [1, H, W], a region; texture counts pairs within it, seam pairs across its border
     """
     texture = seam = 0.0
     for dim in (1, 2):
@@ -60,12 +52,28 @@ def roughness(image, inside):
     return texture, seam
 
 
-def radial_spectrum(images):
-    """Mean square of the coefficients of each wavenumber of images float [N, C, H, W], float64 [min(H, W)].
+def reconstruction_scores(originals, reconstructions, mollifier):
+    """Closeness of reconstructions to originals, float [N, C, H, W] in [-1, 1], both blurred at the originals' size.
 
-    The coefficients are those of the orthonormal basis ψ_k1(y) ψ_k2(x), ψ_0 = 1 and ψ_k(u) = √2 cos(πku): the DCT-II of
-    the image over √(HW). Entry k is the mean over all |(k1, k2)| that round to k, which is k/2 waves per side, and over
-    images and channels. The boundary is reflected: an image need not be periodic.
+    Returns the dict {"count": N, "mollified_psnr": mean PSNR in dB, "nearest_is_own": number of reconstructions whose
+    nearest of the N originals is their own}. Reconstructions of another size are resized first.
+    """
+    if reconstructions.shape != originals.shape:
+        reconstructions = F.interpolate(reconstructions, originals.shape[-2:], mode="bilinear", antialias=True)
+    a, b = mollifier.blur(originals).flatten(1), mollifier.blur(reconstructions).flatten(1)
+    errors = torch.cdist(b, a).square() / a.shape[1]  # [reconstruction, original]
+    own = errors.diagonal()
+    return {"count": len(a), "mollified_psnr": (10 * torch.log10(4 / own)).mean().item(),
+            "nearest_is_own": int((errors.argmin(1) == torch.arange(len(a))).sum())}
+
+
+def radial_spectrum(images):
+    """Power of images float [N, C, H, W] per wavenumber, float64 [min(H, W)] (docs/method.md, 7.5).
+
+    Entry k is the mean square of the coefficients with |(k1, k2)| rounding to k, over images and channels. They belong
+    to the orthonormal basis psi_k1(y) psi_k2(x), psi_0 = 1 and psi_k(u) = sqrt(2) cos(pi k u), the DCT-II divided by
+    sqrt(HW), so the spectrum is that of a function over [0, 1]² and does not depend on the number of pixels. Wavenumber
+    k is k / 2 waves per side; the boundary is reflective, so images need not be periodic.
     """
     height, width = images.shape[-2:]
     coefficients = dctn(images.double().numpy(), norm="ortho", axes=(-2, -1)) / np.sqrt(height * width)
@@ -81,18 +89,15 @@ def log_ratio(power, wanted, band):
     return float(np.abs(ratio).mean()), float(ratio.mean())
 
 
-STEPS_SHARE = 0.75  # of the chain: beyond it x_t tells next to nothing of x_0, and the estimate of a network that
-# predicts noise is its error over sqrt(alpha_bar), which goes to zero; sampling corrects that later
-
-
 @torch.no_grad()
 def denoising_error(modules, diffusion, dataset, yardstick, batch_size=64, device="cpu"):
-    """Mean squared error of the estimate of x_0, as `yardstick` (a GaussianMollifier) sees it.
+    """Mean squared error of the estimate of x_0, blurred by `yardstick` (docs/method.md, 7.4).
 
-    Of image i of N, on all pixels, at step i · T' // N of the first STEPS_SHARE of the chain, T': every step weighs the
-    same. The estimate of T x_0 is clipped and sharpened as the end of sampling is, then image and estimate are blurred
-    by the yardstick, which is one for all models. The noise of an image is always the same, xi before T.
-    modules    {"encoder", "decoder"} in eval mode
+    Unlike training losses, it is comparable between mollifiers and parameterisations, whose targets have different
+    units. Image i of N is noised on all pixels at step i · T' // N, T' the first STEPS_SHARE of the chain; its noise xi
+    is always the same. The estimate of T x_0 is clipped and sharpened as at the end of sampling.
+    modules     {"encoder", "decoder"} in eval mode
+    yardstick   GaussianMollifier, the same for all models that are compared
     """
     errors, last = [], int(STEPS_SHARE * diffusion.num_steps)
     for images, index in all_batches(dataset, batch_size, device):
@@ -111,7 +116,7 @@ class Nearest(NamedTuple):
 
     distance   mean squared difference after the mollifier, float32 [N, k]
     item       index in the data set, int64 [N, k]
-    mirrored   whether the mirror image of the item is what is near, bool [N, k]
+    mirrored   whether the mirror image of the item is the near one, bool [N, k]
     """
 
     distance: torch.Tensor
@@ -120,11 +125,10 @@ class Nearest(NamedTuple):
 
 
 def nearest_images(images, dataset, mollifier, k=3, limit=None, batch_size=256, num_workers=0, device="cpu"):
-    """Nearest of images float [N, C, H, W] in [−1, 1] among those of a data set and their mirror images.
+    """Nearest images of a data set, mirror images included, to images float [N, C, H, W] in [-1, 1]: copies show up.
 
-    Training shows both, and both count as one: an item is at most once among the k. Images of another size than the
-    data set's are resized to it first.
-    limit    compare with so many items only, evenly spread over the data set; None: with all
+    An item and its mirror image count as one. Images of another size than the data set's are resized first.
+    limit    compare with this many items only, evenly spread over the data set; None: all
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     items = torch.arange(count) * len(dataset) // count
@@ -132,7 +136,7 @@ def nearest_images(images, dataset, mollifier, k=3, limit=None, batch_size=256, 
     if images.shape[-2:] != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
     images = mollifier.blur(images.to(device))
-    images = torch.cat([images, images.flip(-1)]).flatten(1)  # |x − mirror(y)| = |mirror(x) − y|, and T has no side
+    images = torch.cat([images, images.flip(-1)]).flatten(1)  # |x − mirror(y)| = |mirror(x) − y|; T commutes with it
     n = len(images) // 2
     best = Nearest(torch.empty(n, 0), torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0, dtype=torch.bool))
     for batch, index in all_batches(Subset(dataset, items.tolist()), batch_size, device, num_workers):

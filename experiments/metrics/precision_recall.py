@@ -1,19 +1,19 @@
-"""Precision and recall of samples by nearest-neighbour manifolds (Kynkäänniemi et al. 2019)."""
+"""Precision and recall of samples by nearest-neighbour manifolds (docs/method.md, 7.3; Kynkäänniemi et al. 2019)."""
 
 import torch
 
-BLOCK = 2**24  # distances held at a time: 128 MB in float64
+BLOCK = 2**24  # distances held at a time, 128 MB in float64
 
 
 def precision_recall(samples, real, neighbours=3, device="cpu"):
-    """(precision, recall), floats in [0, 1], of feature matrices [N, D] and [M, D].
+    """(precision, recall), floats in [0, 1], of feature matrices [N, D] and [M, D] (eqs. 1 and 2).
 
-    Precision is the share of the samples that lie in the manifold of the real images, recall the share of the real
-    images in that of the samples (eqs. 1 and 2). The manifold of a set is the union of the balls about its members,
-    each reaching the member's k-th nearest other one.
-    neighbours   k, 1 or more
-    device       where distances are computed, in float64: the differences of near vectors are what counts
-    Raises ValueError where a set has no k-th neighbour.
+    Precision is the share of samples in the manifold of the real images, recall the share of real images in the
+    manifold of the samples. The manifold of a set is the union of balls around its members, each with the distance to
+    the member's k-th nearest other member as radius.
+    neighbours   k, at least 1
+    device       computes distances in float64, since features may differ by little compared with their length
+    Raises ValueError if a set has no k-th neighbour.
     """
     if neighbours < 1:
         raise ValueError(f"neighbours={neighbours} must be at least 1")
@@ -21,28 +21,28 @@ def precision_recall(samples, real, neighbours=3, device="cpu"):
     if fewest <= neighbours:
         raise ValueError(f"neighbours={neighbours} needs more than {neighbours} images on either side, got {fewest}")
     samples, real = (torch.as_tensor(x).to(device, torch.float64) for x in (samples, real))
-    reach_of_samples, reach_of_real = _reach(samples, neighbours), _reach(real, neighbours)
+    radius_of_samples, radius_of_real = _squared_radii(samples, neighbours), _squared_radii(real, neighbours)
     covered_samples = 0
     covered_real = torch.zeros(len(real), dtype=torch.bool, device=device)
     for rows in _blocks(len(samples), len(real)):
         distances = _squared_distances(samples[rows], real)
-        covered_samples += (distances <= reach_of_real).any(dim=1).sum().item()
-        covered_real |= (distances <= reach_of_samples[rows, None]).any(dim=0)
+        covered_samples += (distances <= radius_of_real).any(dim=1).sum().item()
+        covered_real |= (distances <= radius_of_samples[rows, None]).any(dim=0)
     return covered_samples / len(samples), covered_real.double().mean().item()
 
 
-def _reach(members, neighbours):
-    """Squared distance of each member [M, D] to its k-th nearest other one, [M]."""
-    reach = []
+def _squared_radii(members, neighbours):
+    """Squared distance of each member [M, D] to its k-th nearest other member, [M]."""
+    radii = []
     for rows in _blocks(len(members), len(members)):
         distances = _squared_distances(members[rows], members)
-        distances[:, rows].fill_diagonal_(torch.inf)  # a member is no neighbour of itself
-        reach.append(distances.topk(neighbours, dim=1, largest=False).values[:, -1])
-    return torch.cat(reach)
+        distances[:, rows].fill_diagonal_(torch.inf)  # a member is not its own neighbour
+        radii.append(distances.topk(neighbours, dim=1, largest=False).values[:, -1])
+    return torch.cat(radii)
 
 
 def _squared_distances(a, b):
-    """[n, m] of [n, D] and [m, D]."""
+    """[n, m] from [n, D] and [m, D]."""
     return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist").square_()
 
 

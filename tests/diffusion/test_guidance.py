@@ -14,7 +14,6 @@ from diffusion.guidance import Consistent, Constraint, Downsampling, KnownPixels
 from diffusion.mollifier import GaussianMollifier
 from diffusion.samplers import ddim, ddim_step, ddpm
 from diffusion.schedules import Schedule, make_betas, respaced_timesteps
-from models.sparse_conv import BACKENDS, available_backends
 from tests.models.tiny import tiny_config, tiny_decoder
 from tests.reference.gaussian import condition
 from utils.rng import generator, randn
@@ -61,13 +60,6 @@ def test_the_pseudo_inverse_is_one(size, low_size):
     torch.testing.assert_close(operator.forward(operator.pseudo_inverse(low)), low)
     part = operator.pseudo_inverse(operator.forward(image))
     torch.testing.assert_close(((image - part) * part).sum(), torch.zeros((), dtype=torch.float64), atol=1e-9, rtol=0)
-
-
-def test_operators_stay_in_float32_under_autocast():
-    operator, image = Downsampling((16, 16), (8, 8)), draw(1, 3, 16, 16).float()
-    exact = operator.forward(image)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(operator.forward(image), exact) and operator.pseudo_inverse(exact).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size, low_size", SIZES)
@@ -278,11 +270,10 @@ def test_consistent_estimates_meet_the_data_whatever_the_sampler():
     torch.testing.assert_close(half, (Oracle()(x, None) + estimate) / 2)
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if "cpu" in BACKENDS[name].devices])
-def test_every_backend_has_the_gradient_of_the_estimate_in_the_state(backend):
-    """Along random directions, by finite differences in float64, through a decoder whose weights are frozen."""
-    depthwise = BACKENDS[backend].depthwise
-    decoder = tiny_decoder(backend=backend, depthwise_sparse=depthwise).double().requires_grad_(False)
+@pytest.mark.parametrize("backend", ["auto", "torch_dense"])
+def test_the_estimate_has_a_gradient_in_the_state(backend):
+    """Along a random direction, by finite differences in float64, through a decoder whose weights are frozen."""
+    decoder = tiny_decoder(backend=backend).double().requires_grad_(False)
     diffusion, coords = build_diffusion(tiny_config(), steps=10), Coordinates.full(2, (9, 12))
     z = draw(2, 6, seed=3)
     denoise = diffusion.denoiser(lambda values, t: decoder(values, t.double(), z, coords), coords, clip=False)

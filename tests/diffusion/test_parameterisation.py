@@ -5,11 +5,12 @@ import torch
 
 from data.coordinates import Coordinates
 from diffusion.mollifier import GaussianMollifier
-from diffusion.parameterisation import MEAN_TYPES, Parameterisation
+from diffusion.parameterisation import Parameterisation
 from diffusion.schedules import Schedule, make_betas
-from utils.errors import UserError
+from utils.config import ONE_OF
 from utils.rng import generator, randn
 
+MEAN_TYPES = ONE_OF["diffusion.model_mean_type"]
 SCHEDULE = Schedule.from_betas(make_betas("cosine", 1000))
 T = torch.tensor([0, 1, 500, 990, 999])
 
@@ -58,7 +59,7 @@ def test_error_of_the_estimate_is_the_difference_of_two_estimates(mean_type):
 
 @pytest.mark.parametrize("num_points", [20, 80, 119])
 def test_on_a_subset_the_mollifier_is_a_weighted_mean_of_what_is_there(num_points):
-    """A constant error stays what it is, as T would leave it, and a linear function of the points only."""
+    """It keeps constants, as T does."""
     _, _, _, parameterisation = process((10, 12), 1.0, "xstart")
     coords = Coordinates.random(len(T), (10, 12), num_points, generator=generator("cpu", 2))
     constant = torch.full((len(T), num_points, 3), 0.3, dtype=torch.float64)
@@ -95,17 +96,3 @@ def test_preconditioning_is_the_best_linear_predictor():
         torch.testing.assert_close(output, residual.expand(samples))
         balanced = parameterisation.balance(t, residual.expand(samples)) * residual**2
         torch.testing.assert_close(balanced, torch.full_like(balanced, mollifier.noise_variance))
-
-
-def test_without_preconditioning_the_output_is_the_prediction():
-    output = torch.randn(len(T), 4, 3)
-    parameterisation = Parameterisation("epsilon", SCHEDULE, GaussianMollifier(0))
-    assert parameterisation.prediction(output, torch.randn(len(T), 4, 3), T) is output
-
-
-def test_mistakes_name_the_field():
-    with pytest.raises(UserError, match=r"diffusion\.model_mean_type='noise'.*mollified_epsilon"):
-        Parameterisation("noise", SCHEDULE, GaussianMollifier(0))
-    for mean_type in ("epsilon", "v", "xstart"):
-        with pytest.raises(UserError, match=r"diffusion\.precondition=True.*mollified_epsilon"):
-            Parameterisation(mean_type, SCHEDULE, GaussianMollifier(0), data_variance=0.25)

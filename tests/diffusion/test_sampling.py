@@ -65,7 +65,7 @@ def test_inversion_leads_back_to_the_image():
     config.diffusion.precondition = True
     diffusion, z, steps = build_diffusion(config, steps=200), draw(2, 6), []
 
-    def decoder(values, t, z, coords):
+    def decoder(values, t, z, coords, max_points):
         return torch.zeros_like(values)
 
     images = 0.3 * diffusion.mollifier.blur(draw(2, 3, 9, 12, seed=5))

@@ -148,6 +148,3 @@ def test_is_built_from_either_config():
         config.diffusion.steps = 30
         sampler = build_timestep_sampler(config)
         assert isinstance(sampler, LossSecondMomentSampler) and sampler.steps == 30
-        config.diffusion.schedule_sampler = "importance"
-        with pytest.raises(UserError, match=r"diffusion\.schedule_sampler='importance'.*loss-second-moment"):
-            build_timestep_sampler(config)

@@ -10,8 +10,6 @@ from PIL import Image
 
 from data.images import read_image
 from diffusion import gaussian_diffusion
-from diffusion.mollifier import GaussianMollifier
-from diffusion.sampling import reconstruction_scores
 from diffusion.schedules import log_snr_timesteps
 from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
@@ -286,19 +284,6 @@ def test_calculate_fid_samples_a_trained_pair_as_generate_samples_does(trained, 
                          (["--num_samples=3"], "3 samples are too"),
                          (["--sample_img_size=8"], "--sample_img_size=8 must be")):
         assert named in only_line(run_script(*command, *flags))
-
-
-def test_perfect_reconstructions_are_their_own_nearest():
-    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mollifier = GaussianMollifier(1.0, 16)
-    noisy = images + 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    scores = reconstruction_scores(images, noisy, mollifier)
-    assert scores["nearest_is_own"] == 6
-    assert scores["mollified_psnr"] == pytest.approx(10 * torch.log10(
-        4 / mollifier.blur(noisy - images).square().mean((1, 2, 3))).mean().item(), rel=1e-3)
-    assert reconstruction_scores(images, images.roll(1, 0), mollifier)["nearest_is_own"] == 0
-    twice = torch.nn.functional.interpolate(images, scale_factor=2)
-    assert reconstruction_scores(images, twice, mollifier)["nearest_is_own"] == 6
 
 
 def test_noise_images_have_the_moments_of_the_data(trained, tmp_path):

@@ -1,8 +1,9 @@
+"""Precision and recall against their definition by loops, and on sets with a known answer."""
+
 import numpy as np
 import pytest
-import torch
 
-from experiments.metrics import precision_recall as manifolds
+from experiments.metrics import precision_recall as module
 from experiments.metrics.precision_recall import precision_recall
 from tests.reference import manifolds as reference
 
@@ -18,7 +19,7 @@ def two_sets(count_a, count_b, width, seed=0):
 @pytest.mark.parametrize(("count_a", "count_b", "width", "neighbours"),
                          [(40, 60, 2, 3), (60, 41, 5, 1), (33, 33, 3, 5), (4, 9, 2, 3)])
 def test_is_the_definition_however_it_is_cut(monkeypatch, block, count_a, count_b, width, neighbours):
-    monkeypatch.setattr(manifolds, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK", block)
     samples, real = two_sets(count_a, count_b, width)
     found = precision_recall(samples, real, neighbours)
     assert found == pytest.approx(reference.precision_recall(samples.tolist(), real.tolist(), neighbours), abs=1e-12)
@@ -51,11 +52,6 @@ def test_large_features_that_lie_close_together():
 def test_collapsed_samples_recall_nothing():
     _, real = two_sets(1, 50, 3)
     assert precision_recall(np.repeat(real[:1], 20, axis=0), real) == (1, pytest.approx(0, abs=0.02))
-
-
-def test_takes_tensors():
-    samples, real = two_sets(20, 20, 3)
-    assert precision_recall(torch.from_numpy(samples), torch.from_numpy(real)) == precision_recall(samples, real)
 
 
 def test_refuses_sets_without_a_kth_neighbour():
