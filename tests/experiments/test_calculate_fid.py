@@ -13,6 +13,7 @@ import skimage.data
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 SERVER = """
 import contextlib, json, os, sys
@@ -286,7 +287,7 @@ def test_mistakes(run, config, samples, real, tmp_path):
     check_refused(run(*command, samples, "--real_img_size", "small"), "--real_img_size=small must be")
     check_refused(run(*command, samples, "--neighbours", 0), "neighbours")
     check_refused(run(*command, samples, "--output", tmp_path), "--output=.* is a folder")
-    check_refused(run(*command, samples, "--weights", "nowhere.pt"), "weights='nowhere.pt' is not a file")
+    check_refused(run(*command, samples, "--weights", "nowhere.pt"), "--weights=nowhere.pt is not a file")
     check_refused(run(*command, samples, model="vgg"), "feature_model")
     check_refused(run(*command, samples, "--config.data.root_dir", tmp_path / "nowhere"), "data.root_dir=")
     check_refused(run(*command, samples, "--config.run.device", "tpu"), "run.device='tpu'")
