@@ -1,11 +1,11 @@
-"""Ablation axes: each is a function from a stage-1 config to its variants, {name: {field: value to change}}.
+"""Ablation axes: functions from a stage-1 config to its variants, {name: {field: changed value}}.
 
-A variant that changes nothing is the base config itself. `experiments/ablate.py` trains and scores the variants.
+A variant without changes is the base config. `experiments/ablate.py` trains and scores the variants.
 """
 
 
 def subsampling(base):
-    """Share of the pixels that a training step sees; the paper uses a quarter.
+    """Fraction of the pixels in a training step; the paper uses a quarter.
 
     Published for FFHQ-128: FID_CLIP 3.15, 4.12, 4.75 and 6.48.
     """
@@ -13,7 +13,7 @@ def subsampling(base):
 
 
 def sampling_kind(base):
-    """How the pixels are chosen. Published for FFHQ-128: FID_CLIP 4.75 uniform, 7.63 quasi Monte Carlo."""
+    """Choice of the random pixels. Published for FFHQ-128: FID_CLIP 4.75 uniform, 7.63 quasi Monte Carlo."""
     return {kind: {"mc_integral.type": kind} for kind in ("uniform", "halton", "stratified")}
 
 
@@ -28,14 +28,14 @@ def mollifier(base):
 
 
 def parameterisation(base):
-    """What the network predicts. Preconditioning is off, because only one of the four supports it."""
+    """Prediction of the network. Preconditioning is off, since only one of the four supports it."""
     plain = {"diffusion.precondition": False, "diffusion.balance_loss": False}
     return {kind: {"diffusion.model_mean_type": kind, **plain}
             for kind in ("mollified_epsilon", "epsilon", "v", "xstart")}
 
 
 def neighbours(base):
-    """Number of nearest points that each grid node averages, in the interpolation to the grid."""
+    """Number of nearest points averaged by each grid node in the interpolation to the grid."""
     return {f"k {k}": {"model.knn_neighbours": k} for k in (1, 3, 8)}
 
 
@@ -50,7 +50,7 @@ def encoder(base):
 
 
 def seed(base):
-    """Only the seed varies: differences on other axes must exceed this spread."""
+    """Only the seed varies; differences on other axes have to exceed this spread."""
     return {f"seed {seed}": {"run.seed": seed} for seed in range(base.run.seed, base.run.seed + 3)}
 
 
@@ -59,7 +59,7 @@ AXES = {axis.__name__: axis for axis in (
 
 
 def get_variants(axis, base):
-    """{name: {field: value}} of an axis, without the fields that already have that value in `base`."""
+    """{name: {field: value}} of an axis, without fields that have that value in `base` already."""
     return {name: {field: value for field, value in fields.items() if _lookup(base, field) != value}
             for name, fields in AXES[axis](base).items()}
 

@@ -1,4 +1,4 @@
-"""The 64² model of BENCHMARKS.md: small enough for a CPU, and not meant to be trained."""
+"""The 64² model of BENCHMARKS.md: small enough to time on a CPU, not meant for training."""
 
 from configs.defaults import autoencoder_config
 

@@ -1,6 +1,6 @@
 """∞-Diff on CelebA-HQ at 128². Published: FID_CLIP 3.02 (50k samples, DDIM 100 steps).
 
-The paper gives no hyperparameters for this size; these are those of ffhq_128. The result is only expected.
+Hyperparameters of ffhq_128, since the release has no config for this size. Not reproduced here yet.
 """
 
 from configs import ffhq_128_config

@@ -1,4 +1,4 @@
-"""Latent model for celeba_128: the published latent values over its z_dim of 256; the result is only expected."""
+"""Latent model for celeba_128: the published values for latents of length 256. Not reproduced here yet."""
 
 from configs.defaults import latent_config
 

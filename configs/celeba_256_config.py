@@ -1,4 +1,4 @@
-"""∞-Diff on CelebA-HQ at 256²: the model of ffhq_256. No figure is published for this size.
+"""∞-Diff on CelebA-HQ at 256²: the model of ffhq_256. No score is published for this size.
 
 Expected hardware: one A100 80GB, as for FFHQ.
 """

@@ -1,7 +1,7 @@
 """∞-Diff on CelebA-HQ at 64². Published: FID_CLIP 4.57 (50k samples, DDIM 100 steps).
 
-The paper gives no hyperparameters for this size; these are ffhq_128 with a grid of half the side, and so one level
-less. The result is only expected.
+Hyperparameters of ffhq_128 with half the grid resolution and one level less, since the release has no config for this
+size. Not reproduced here yet.
 """
 
 from configs import celeba_128_config

@@ -1,4 +1,4 @@
-"""Latent model for celeba_256: the values published for FFHQ; no figure is published for this size."""
+"""Latent model for celeba_256: the published values of FFHQ. No score is published for this size."""
 
 from configs.defaults import latent_config
 

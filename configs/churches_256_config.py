@@ -1,7 +1,7 @@
 """∞-Diff on LSUN churches (outdoor) at 256², centre crops: the model of ffhq_256.
 
 Published: FID_CLIP 10.36 (50k samples, DDIM 100 steps). Hardware of the authors: one A100 80GB.
-Not reproduced here yet: only that the values are the published ones.
+Published hyperparameters; not reproduced here yet.
 """
 
 from configs import ffhq_256_config

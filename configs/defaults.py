@@ -1,15 +1,15 @@
-"""Defaults of the two kinds of config; every file beside this one starts from one of them and states what differs.
+"""Defaults of the two kinds of config. Every other config starts from one of them and changes some fields.
 
-Fields keep the published names. `utils/config.py` says which values each accepts.
+Fields keep the published names. `utils/config.py` defines the values that each accepts.
 """
 
 from ml_collections import ConfigDict, FieldReference
 
 
 def autoencoder_config(img_size):
-    """Stage 1, the mollified diffusion autoencoder, with the values of the 128² model (METHOD, hyperparameters).
+    """Stage 1, the mollified diffusion autoencoder, with the published values of the 128² model.
 
-    img_size is a reference: q_sample (a quarter of the pixels) follows it when it is overridden on the command line.
+    img_size is a reference: q_sample, a quarter of the pixels, follows it when it is overridden on the command line.
     """
     img_size = FieldReference(img_size)
     config = ConfigDict()
@@ -26,9 +26,9 @@ def autoencoder_config(img_size):
     config.data = data = ConfigDict()
     data.name = "photos"  # photos, folder, ffhq, celeba, churches, function
     data.root_dir = ""
-    data.function = ""  # module:attribute of a callable, for function; the module is imported, so its code runs
-    data.num_functions = 10_000  # functions 0, 1, … to train on
-    data.num_heldout_functions = 512  # and the next ones, held out
+    data.function = ""  # for name=function: module:attribute of a callable; the module is imported, so its code runs
+    data.num_functions = 10_000  # training set: functions 0, 1, …
+    data.num_heldout_functions = 512  # held-out set: the next functions
     data.img_size = img_size
     data.channels = 3
     data.fid_samples = 50_000
@@ -40,18 +40,18 @@ def autoencoder_config(img_size):
     train.amp = True
     train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
     train.compile = False
-    train.checkpoint_activations = False  # keep less for the backward pass: less memory, a third more time
-    train.batch_size = 16  # images of one update, of all processes together
-    train.accumulation_steps = 1  # parts that a process cuts its share of them into, to use less memory
+    train.checkpoint_activations = False  # activation checkpointing: less memory, a third more time
+    train.batch_size = 16  # images per update, over all ranks
+    train.accumulation_steps = 1  # micro-batches per update on each rank, to use less memory
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100
-    train.plot_samples_steps = 5_000  # and at the end; 0: never
+    train.plot_samples_steps = 5_000  # also at the end; 0: never
     train.validate_steps = 5_000
     train.checkpoint_steps = 5_000
-    train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides
-    train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
-    train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
+    train.keep_checkpoints = 2  # the newest ones; the best is kept too
+    train.nonfinite = "stop"  # stop, skip: reaction to a non-finite loss or gradient
+    train.max_nonfinite_skips = 10  # consecutive skips before the run stops
     train.ema_update_every = 10
     train.ema_decay = 0.995
 
@@ -72,7 +72,7 @@ def autoencoder_config(img_size):
     model.uno_dropout_from_resolution = 16
     model.uno_dropout = 0.1
     model.uno_conv_type = "conv"  # conv, spectral
-    model.z_dim = 256  # 0: no encoder, a diffusion model of images alone
+    model.z_dim = 256  # 0: no encoder, an unconditional diffusion model
     model.learn_sigma = False
     model.sigma_small = False
     model.stochastic_encoding = False
@@ -87,7 +87,7 @@ def autoencoder_config(img_size):
     diffusion.mollifier_type = "dct"  # dct, none
     diffusion.model_mean_type = "mollified_epsilon"  # mollified_epsilon, epsilon, v, xstart
     diffusion.precondition = False
-    diffusion.balance_loss = False  # equal weights on the preconditioned network's error at every step
+    diffusion.balance_loss = False  # equal weight for the preconditioned network's error at every step
     diffusion.multiscale_loss = False
     diffusion.multiscale_max_img_size = 32
 
@@ -108,9 +108,9 @@ def autoencoder_config(img_size):
 
 
 def latent_config():
-    """Stage 2, the diffusion model over latents, with the published values (METHOD, hyperparameters).
+    """Stage 2, the diffusion model over latents, with the published values.
 
-    The data set and the autoencoder come from --decoder_config; here data only says how many samples to make.
+    The data set and the autoencoder come from --decoder_config.
     """
     config = ConfigDict()
 
@@ -137,12 +137,12 @@ def latent_config():
     train.sample_size = 16
     train.max_steps = 1_000_000
     train.plot_graph_steps = 100
-    train.plot_samples_steps = 10_000  # and at the end; 0: never
+    train.plot_samples_steps = 10_000  # also at the end; 0: never
     train.validate_steps = 1_000
     train.checkpoint_steps = 5_000
-    train.keep_checkpoints = 2  # the newest and so many less one before it; the best is kept besides
-    train.nonfinite = "stop"  # stop, skip: what to do in a step whose loss or gradient is not finite
-    train.max_nonfinite_skips = 10  # in a row, before the run stops all the same
+    train.keep_checkpoints = 2  # the newest ones; the best is kept too
+    train.nonfinite = "stop"  # stop, skip: reaction to a non-finite loss or gradient
+    train.max_nonfinite_skips = 10  # consecutive skips before the run stops
     train.ema_update_every = 10
     train.ema_decay = 0.995
 

@@ -1,7 +1,7 @@
 """A small autoencoder for `make demo`: 32² windows of photographs, six minutes on two CPU cores.
 
-The paper's sparse layers over a grid U-Net of 1.2 M parameters, with the options that pay in a short run: stratified
-subsets, predicting x_0, a high learning rate that falls to zero. In float32; bf16 would take a tenth less time.
+The paper's sparse layers around a grid U-Net of 1.2 M parameters, with options that help in a short run: stratified
+subsets, prediction of x_0, and a high learning rate that decays to zero. In float32; bf16 takes a tenth less time.
 """
 
 from configs.defaults import autoencoder_config
@@ -31,8 +31,8 @@ def get_config():
     config.model.uno_attn_resolutions = (8,)
     config.model.uno_dropout = 0.0
     config.model.z_dim = 128
-    config.diffusion.noise_schedule = "linear"  # blurred noise hides so little that with cosine few steps need z
-    config.diffusion.model_mean_type = "xstart"  # weighs high noise most, where z is learnt
+    config.diffusion.noise_schedule = "linear"  # with cosine, few steps have enough noise to need z
+    config.diffusion.model_mean_type = "xstart"  # weights high noise most, where z is learnt
     config.mc_integral.type = "stratified"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200

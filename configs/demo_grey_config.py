@@ -1,7 +1,6 @@
-"""The demo in shades of grey: the same windows of photographs, with one channel.
+"""The demo with one channel: the same windows of photographs in grey.
 
-Its latent model is that of the demo, as another run: configs/demo_latent_config.py with
---config.run.experiment=demo_grey_sampler.
+Its latent model is configs/demo_latent_config.py with --config.run.experiment=demo_grey_sampler.
 """
 
 from configs.demo_config import get_config as demo_config

@@ -1,4 +1,4 @@
-"""Latent model for ffhq_128: the published latent values over its z_dim of 256."""
+"""Latent model for ffhq_128: the published values for latents of length 256."""
 
 from configs.defaults import latent_config
 

@@ -1,7 +1,7 @@
 """∞-Diff on FFHQ at 256², the paper's main model: 321.5 M (decoder) + 121.2 M (encoder) parameters.
 
 Published: FID_CLIP 3.87 (50k samples, DDIM 100 steps). Hardware of the authors: one A100 80GB.
-Not reproduced here yet: only that the values are the published ones.
+Published hyperparameters; not reproduced here yet.
 """
 
 from configs.defaults import autoencoder_config

@@ -1,4 +1,4 @@
-"""Latent model for ffhq_256: 75.7 M parameters, published values. One GPU; latents are encoded once."""
+"""Latent model for ffhq_256: 75.7 M parameters, published values. One GPU; images are encoded once."""
 
 from configs.defaults import latent_config
 

@@ -1,8 +1,7 @@
 """Gaussian random fields as functions (data/random_fields.py), at 32²: five minutes on one CPU thread.
 
-The network of the demo for one channel. It predicts T xi, for fine details are learnt at low noise, which the demo's
-target weighs least. README, Functions, has the commands and what was seen: the spectrum of samples at 32², 64² and 128²
-beside the true one.
+The demo's network with one channel. It predicts T xi, since fine details are learnt at low noise, which the demo's
+target weights least. docs/functions.md has the commands, and the spectra of samples at 32², 64² and 128².
 """
 
 from configs.demo_config import get_config as demo_config
