@@ -9,7 +9,8 @@ from ml_collections import ConfigDict, FieldReference
 def autoencoder_config(img_size):
     """Stage 1, the mollified diffusion autoencoder, with the published values of the 128² model.
 
-    img_size is a reference: q_sample, a quarter of the pixels, follows it when it is overridden on the command line.
+    img_size is a reference: when it is overridden on the command line, q_sample (a quarter of the pixels) and
+    multiscale_max_img_size (half of the side) follow.
     """
     img_size = FieldReference(img_size)
     config = ConfigDict()
@@ -89,7 +90,7 @@ def autoencoder_config(img_size):
     diffusion.precondition = False
     diffusion.balance_loss = False  # equal weight for the preconditioned network's error at every step
     diffusion.multiscale_loss = False
-    diffusion.multiscale_max_img_size = 32
+    diffusion.multiscale_max_img_size = img_size // 2
 
     config.mc_integral = mc_integral = ConfigDict()
     mc_integral.type = "uniform"  # uniform, halton, stratified

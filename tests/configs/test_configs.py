@@ -38,6 +38,7 @@ PUBLISHED = {
     "optimizer.adam_beta2": (0.99, 0.99), "optimizer.clip_gradient_norm": (1.0, 1.0),
     "mc_integral.q_sample": (128 * 128, 64 * 64), "diffusion.gaussian_filter_std": (1.0, 1.0),
     "diffusion.model_mean_type": ("mollified_epsilon",) * 2, "diffusion.noise_schedule": ("cosine",) * 2,
+    "diffusion.multiscale_max_img_size": (128, 64),
     "diffusion.steps": (1000, 1000), "diffusion.precondition": (False, False), "train.ema_decay": (0.995, 0.995),
     "train.ema_update_every": (10, 10), "train.amp": (True, True),
 }
@@ -78,10 +79,11 @@ def test_fields_are_those_of_the_defaults_and_the_docstring_says_what_to_expect(
 
 
 @pytest.mark.parametrize("name", STAGE_1)
-def test_q_sample_follows_the_image_size(name):
+def test_derived_fields_follow_the_image_size(name):
     config = load(name)
     config.data.img_size = 48
     assert config.mc_integral.q_sample == 48 * 48 // 4
+    assert config.diffusion.multiscale_max_img_size == 24
 
 
 def test_every_field_is_read_where_it_acts():
