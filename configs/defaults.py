@@ -150,8 +150,8 @@ def latent_config():
     config.model = model = ConfigDict()
     model.z_dim = 256
     model.num_layers = 10
-    model.hidden_dim = 2048
-    model.time_emb_dim = 128
+    model.hid_channels = 2048
+    model.time_embed_dim = 128
     model.dropout = 0.0
 
     config.diffusion = diffusion = ConfigDict()

@@ -19,7 +19,7 @@ def get_config():
     config.train.checkpoint_steps = 500
     config.model.z_dim = 128
     config.model.num_layers = 4
-    config.model.hidden_dim = 512
+    config.model.hid_channels = 512
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay = "cosine"
     return config

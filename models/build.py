@@ -16,7 +16,7 @@ from utils.errors import UserError
 def build_decoder(config):
     """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
     model, channels = config.model, config.data.channels
-    _check_even_time_emb_dim(model)
+    _check_even(model, "time_emb_dim")
     decoder = SparseUNet(
         channels=channels,
         out_channels=2 * channels if model.learn_sigma else channels,
@@ -55,8 +55,8 @@ def build_latent_model(config):
     """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
     model = config.model
     _check(model.z_dim >= 1, model, "z_dim", "must be at least 1; an autoencoder without an encoder has no latents")
-    _check_even_time_emb_dim(model)
-    network = MLPSkipNet(model.z_dim, model.hidden_dim, model.num_layers, model.time_emb_dim, model.dropout)
+    _check_even(model, "time_embed_dim")
+    network = MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout)
     if config.train.compile:
         network.compile()
     return network
@@ -130,8 +130,8 @@ def _grid_spec(model):
     return spec
 
 
-def _check_even_time_emb_dim(model):
-    _check(model.time_emb_dim % 2 == 0, model, "time_emb_dim", "must be even: half sines, half cosines")
+def _check_even(model, field):
+    _check(getattr(model, field) % 2 == 0, model, field, "must be even: half sines, half cosines")
 
 
 def _check(holds, model, field, allowed):

@@ -24,7 +24,7 @@ SMALL_AUTOENCODER = {
     "model.z_dim": 6, "diffusion.steps": 4, "mc_integral.q_sample": 64}
 SMALL_LATENT = {
     **DEVICE, "data.fid_samples": 4, "train.batch_size": 8, "model.z_dim": 6, "model.num_layers": 2,
-    "model.hidden_dim": 8, "diffusion.steps": 4}
+    "model.hid_channels": 8, "diffusion.steps": 4}
 SAMPLES = {"num_samples": 4, "sampling_steps": 2}
 FEATURES = {"feature_model": "efficientnet_lite0", "split": "heldout"}
 SMALL = {  # script -> flags that make it quick

@@ -152,8 +152,8 @@ VALUES = st.one_of(
 CONFIGS = {"autoencoder": (tiny_config, read_autoencoder_config),
            "latent": (tiny_latent_config, read_latent_config)}
 # large values of these would exhaust the memory
-UNBOUNDED = ("nf", "uno_base_channels", "hidden_dim", "z_dim", "time_emb_dim", "steps", "num_layers", "num_conv_blocks",
-             "kernel_size", "uno_res", "img_size", "q_sample", "knn_neighbours")
+UNBOUNDED = ("nf", "uno_base_channels", "hid_channels", "z_dim", "time_emb_dim", "time_embed_dim", "steps",
+             "num_layers", "num_conv_blocks", "kernel_size", "uno_res", "img_size", "q_sample", "knn_neighbours")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

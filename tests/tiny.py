@@ -33,7 +33,7 @@ def tiny_latent_config(output_dir):
     config.train.precision = "fp32"
     config.train.batch_size, config.train.sample_size, config.train.max_steps = 8, 2, 4
     config.train.plot_graph_steps, config.train.ema_update_every, config.train.ema_decay = 2, 1, 0.9
-    config.model.z_dim, config.model.num_layers, config.model.hidden_dim, config.model.time_emb_dim = 6, 2, 16, 8
+    config.model.z_dim, config.model.num_layers, config.model.hid_channels, config.model.time_embed_dim = 6, 2, 16, 8
     config.model.dropout = 0.1
     config.diffusion.steps = 20
     return config

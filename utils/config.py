@@ -36,7 +36,7 @@ AT_LEAST = {
     "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
     "model.kernel_size": 1, "model.uno_res": 1, "model.uno_base_channels": 1, "model.uno_dropout_from_resolution": 0,
     "model.uno_dropout": 0.0, "model.z_dim": 0, "model.kld_weight": 0.0,
-    "model.num_layers": 2, "model.hidden_dim": 1, "model.dropout": 0.0,
+    "model.num_layers": 2, "model.hid_channels": 1, "model.time_embed_dim": 2, "model.dropout": 0.0,
     "diffusion.steps": 1, "diffusion.gaussian_filter_std": 0.0, "diffusion.multiscale_max_img_size": 8,
     "mc_integral.q_sample": 1,
     "optimizer.learning_rate": 0.0, "optimizer.adam_beta1": 0.0, "optimizer.adam_beta2": 0.0,

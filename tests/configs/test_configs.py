@@ -54,8 +54,8 @@ def test_published_hyperparameters(name):
 @pytest.mark.parametrize("name", ["ffhq_latent_config", "celeba_latent_config", "churches_latent_config"])
 def test_published_latent_hyperparameters(name):
     values = dict(leaves(load(name)))
-    expected = {"model.num_layers": 20 if "churches" in name else 10, "model.hidden_dim": 2048, "model.z_dim": 1024,
-                "model.time_emb_dim": 128, "diffusion.noise_schedule": "const0.008", "diffusion.loss_type": "l1",
+    expected = {"model.num_layers": 20 if "churches" in name else 10, "model.hid_channels": 2048, "model.z_dim": 1024,
+                "model.time_embed_dim": 128, "diffusion.noise_schedule": "const0.008", "diffusion.loss_type": "l1",
                 "diffusion.steps": 1000, "diffusion.model_mean_type": "epsilon", "train.batch_size": 256,
                 "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.04, "optimizer.adam_beta2": 0.99}
     assert {field: values[field] for field in expected} == expected

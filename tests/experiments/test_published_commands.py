@@ -22,7 +22,7 @@ SMALL_AUTOENCODER = DEVICE + (
     " --{0}.model.uno_base_channels=8 --{0}.model.z_dim=6 --{0}.diffusion.steps=4")
 SMALL_LATENT = DEVICE + (
     " --{0}.data.fid_samples=2 --{0}.train.batch_size=4 --{0}.model.z_dim=6 --{0}.model.num_layers=2"
-    " --{0}.model.hidden_dim=8 --{0}.diffusion.steps=4")
+    " --{0}.model.hid_channels=8 --{0}.diffusion.steps=4")
 
 
 def ffhq(root):

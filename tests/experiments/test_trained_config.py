@@ -21,7 +21,7 @@ def overridden(tmp_path_factory):
     assert run_script("train_inf_ae_diffusion.py", "--config", ae, "--config.diffusion.gaussian_filter_std=1.5",
                       *(f"--config.model.{field}" for field in TRAINED_WITH)).code == 0
     assert run_script("train_latent_diffusion.py", *both, "--config.model.z_dim=5",
-                      "--config.model.hidden_dim=12").code == 0
+                      "--config.model.hid_channels=12").code == 0
     return ["--config", ae], both
 
 

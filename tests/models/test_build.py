@@ -22,7 +22,7 @@ def test_published_models_have_the_published_number_of_parameters():
     assert parameters(build_decoder, config) == pytest.approx(321.5e6, rel=1e-3)
     assert parameters(build_encoder, config) == pytest.approx(122.0e6, rel=1e-2)
     for num_layers, published in [(10, 75.7e6), (20, 159.7e6)]:
-        latent = tiny_latent_config(z_dim=1024, num_layers=num_layers, hidden_dim=2048, time_emb_dim=128)
+        latent = tiny_latent_config(z_dim=1024, num_layers=num_layers, hid_channels=2048, time_embed_dim=128)
         assert parameters(build_latent_model, latent) == pytest.approx(published, rel=1e-3)
 
 
@@ -47,8 +47,8 @@ def test_impossible_architectures_are_named(field, value, hint):
 def test_odd_embeddings_and_too_few_layers_are_named():
     with pytest.raises(UserError, match="model.time_emb_dim=7 must be even"):
         build_decoder(tiny_config(time_emb_dim=7))
-    with pytest.raises(UserError, match="model.time_emb_dim=7 must be even"):
-        build_latent_model(tiny_latent_config(time_emb_dim=7))
+    with pytest.raises(UserError, match="model.time_embed_dim=7 must be even"):
+        build_latent_model(tiny_latent_config(time_embed_dim=7))
     with pytest.raises(UserError, match="model.num_layers=1 must be at least 2"):
         build_latent_model(tiny_latent_config(num_layers=1))
 

@@ -23,7 +23,7 @@ def tiny_config(**model):
 def tiny_latent_config(**model):
     """Stage-2 config of a tiny model; keywords override fields of config.model."""
     config = latent_config()
-    config.model.update(z_dim=6, num_layers=4, hidden_dim=16, time_emb_dim=8)
+    config.model.update(z_dim=6, num_layers=4, hid_channels=16, time_embed_dim=8)
     config.model.update(model)
     return config
 
