@@ -1,5 +1,5 @@
-# Two commands: `make demo` trains and samples a small model and writes report.html, `make test` runs the tests.
-# Both make the virtual environment .venv when it is missing or requirements.txt has changed.
+# `make demo` trains and samples a small model and writes report.html. `make test` runs the quick tests, `make test-all`
+# all tests. Each target first creates the virtual environment .venv if it is missing or requirements.txt has changed.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -7,9 +7,10 @@ AUTOENCODER := --config configs/demo_config.py
 BOTH := --config configs/demo_latent_config.py --decoder_config configs/demo_config.py
 SAMPLE := $(RUN) experiments/generate_samples.py $(BOTH) --sampling_steps 10 \
 	--latent_sampler dpm_solver --latent_sampling_steps 50
+TEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SCORE := $(RUN) experiments/calculate_fid.py $(AUTOENCODER) --split heldout --feature_model efficientnet_lite0
 
-.PHONY: demo test
+.PHONY: demo test test-all
 
 demo: .venv/installed
 	$(RUN) train_inf_ae_diffusion.py $(AUTOENCODER)
@@ -24,7 +25,10 @@ demo: .venv/installed
 	$(RUN) experiments/report.py $(BOTH) --folder demo --output report.html
 
 test: .venv/installed
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(TEST) -m "not slow"
+
+test-all: .venv/installed
+	$(TEST)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -39,9 +39,9 @@ def main():
         raise UserError("config.model.z_dim=0: a model without an encoder reconstructs nothing; use "
                         "generate_samples.py")
     size = config.parse_image_size(SIZE.value, cfg.data.img_size)
-    dataset = build_dataset(cfg, train=SPLIT.value == "train")
     autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value)
     autoencoder.check_size(size)
+    dataset = build_dataset(cfg, train=SPLIT.value == "train")
 
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{size[0]}x{size[1]}")
     total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))

@@ -51,14 +51,14 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: i
 
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
+    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
     images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
     total, _, *size = images.shape
     known = make_masks(MASK.value, size, range(total), cfg.run.seed)
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
         raise UserError(f"--mask={MASK.value} leaves fewer known pixels than model.knn_neighbours="
                         f"{cfg.model.knn_neighbours}; use another mask")
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
-    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
     autoencoder.check_size(size)
     draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 

@@ -58,6 +58,7 @@ def main():
     samples = LATENT_CONFIG.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
     if samples:
         images, origin, pairs = None, {}, PAIRS.value
         size = config.parse_image_size(SIZE.value, cfg.data.img_size)
@@ -67,7 +68,6 @@ def main():
     if pairs == 0:
         raise UserError("a path needs two images, and there is only one; give more")
     train_set = build_dataset(cfg, train=True)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
     autoencoder.check_size(size)
     draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 

@@ -56,9 +56,9 @@ def main():
     check_encoder(cfg)
     check_flags()
     input_size = config.parse_image_size(INPUT_SIZE.value, cfg.data.img_size, INPUT_SIZE.name)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value)
     small, truth, size, origin = read_inputs(cfg, INPUT.value, input_size, result_size, NUM_SAMPLES.value)
     input_size, total = list(small.shape[-2:]), len(small)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value)
     autoencoder.check_size(size)
 
     output = Path(OUTPUT.value or f"super_resolution/{cfg.run.experiment}_{size[0]}x{size[1]}")

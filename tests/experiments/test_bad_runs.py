@@ -1,6 +1,7 @@
-"""Mistakes with what a run has left: checkpoints that are another's, or none, and folders that hold something else.
-Each row is refused in one line with exit code 2, and every file stays as it was."""
+"""Mistakes about runs and folders: missing, damaged or foreign checkpoints, and folders with other contents. Each row
+is refused in one line with exit code 2, and every file stays unchanged."""
 
+import os
 import pickle
 import shutil
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.layouts import write_folder
 from tests.scripts import contents, refused, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import FORMAT, MARK, _new_digest, load_checkpoint, save_checkpoint
@@ -17,27 +17,16 @@ STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
 EXPORT, PREPARE = "experiments/export_weights.py", "data/prepare.py"
 NOISE, INPAINT = "experiments/generate_noise.py", "experiments/inpaint.py"
-ONE_STEP = ["--config.train.max_steps=1"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folder with data, configs and the runs of one step, tiny and tiny_sampler, in checkpoints/."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_folder(folder / "data", 21)
-    write_config_file(tiny_config("checkpoints", "data", "folder"), folder / "ae.py")
-    write_config_file(tiny_latent_config("checkpoints"), folder / "latent.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for script in (STAGE_1, STAGE_2):
-            assert run_script(*command(script), *ONE_STEP).code == 0
-    return folder
 
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch):
-    """A copy of that folder, in which the process is."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    """The working folder: a copy of the trained pair, its data and its configs, which refer to it by relative paths."""
+    for run in ("tiny", "tiny_sampler"):
+        shutil.copytree(trained[0] / "checkpoints" / run, tmp_path / "checkpoints" / run)
+    shutil.copytree(trained[0] / "data", tmp_path / "data", copy_function=os.link)
+    write_config_file(tiny_config("checkpoints", "data", "folder"), tmp_path / "ae.py")
+    write_config_file(tiny_latent_config("checkpoints"), tmp_path / "latent.py")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -83,7 +72,7 @@ def folder_instead(path):
     path.mkdir()
 
 
-# what is done to the file of that name in the run of the script's stage, and what the one line must say
+# (change to the checkpoint of stage 1, part of the one line)
 SPOILED = {
     "gone": (lambda path: path.unlink(), "there is no checkpoint checkpoints/tiny/checkpoint.pt; train it first with "
              "train_inf_ae_diffusion.py, or set run.output_dir and run.experiment of the autoencoder config to"),
@@ -111,7 +100,7 @@ def test_a_checkpoint_that_is(place, script, spoil, said):
     assert not (place / "it_ran").exists()
 
 
-def test_latents_that_run_code_are_made_again_and_weights_that_do_are_refused(place):
+def test_latents_that_run_code_are_computed_again_and_weights_that_run_code_are_refused(place):
     (place / "checkpoints" / "new").mkdir()
     malicious_zip(place / "checkpoints" / "new" / "latents.pt")
     assert run_script(*command(STAGE_2), "--config.run.experiment=new").code == 0
@@ -132,7 +121,7 @@ OTHER_CONFIGS = [
     (STAGE_2, "--config.run.experiment=tiny", "is also that of the autoencoder"),
     (STAGE_2, "--config.model.num_layers=3", "was trained with model.num_layers=2, the config has 3"),
     (STAGE_2, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
-    (STAGE_2, "--config.train.batch_size=41", "train.batch_size=41 is more than the 40 latents"),
+    (STAGE_2, "--config.train.batch_size=153", "train.batch_size=153 is more than the 152 latents"),
     (STAGE_2, "--decoder_config.run.experiment=absent", "there is no checkpoint checkpoints/absent/checkpoint.pt"),
     (EXPORT, "--config.model.nf=16", "was trained with model.nf=8, the config has 16"),
     (RECONS, "--config.model.learn_sigma=True", "was trained with model.learn_sigma=False, the config has True"),
@@ -160,15 +149,14 @@ SAMPLING = [
     ("--sampling_steps=0", "sampling_steps=0"), ("--sampling_steps=21", "error: --sampling_steps=21 must lie"),
     ("--latent_sampling_steps=21", "error: --latent_sampling_steps=21 must lie"),
     ("--eta=2", "eta=2"), ("--eta=-1", "eta=-1"),
-    ("--eta=1 --sampler=ddpm", "--eta=1.0 is of --sampler=ddim only; leave it out"),
+    ("--eta=1 --sampler=ddpm", "--eta=1.0 applies to --sampler=ddim only; leave it out"),
     ("--sampler=euler", "sampler=euler"), ("--latent_sampler=euler", "latent_sampler=euler"),
     ("--num_samples=0", "num_samples=0"), ("--max_points=0", "max_points=0"),
     ("--max_points=40 --sample_img_size=64", "--max_points=40 is too few"),
     ("--window 0 0.5", "--window=0 0.5 must be four numbers"), ("--window=0,0,2,1", "--window=0,0,2,1 must"),
     ("--window 0.5 0 0.5 1", "with 0 <= x0 < x1"), ("--window 0 0 a 1", "--window=0 0 a 1 must"),
     ("--window", "--window= must be four numbers"), ("--window nan 0 1 1", "--window=nan 0 1 1 must"),
-    ("--window -0.1 0 1 1", "--window=-0.1 0 1 1 must"), ("--eta=nan", "--eta=nan must be a finite number"),
-    ("--window 0 0 1 1 --decoder_config.diffusion.mollifier_type=none", "gaussian_filter_std"),
+    ("--window -0.1 0 1 1", "--window=-0.1 0 1 1 must"), ("--eta=nan", "--eta=nan: it must be a finite number"),
     ("--config.train.sample_size=0", "config.train.sample_size=0 must be at least 1"),
     ("--config.data.fid_samples=0", "config.data.fid_samples=0 must be at least 1"),
     ("--output=ae.py", "--output=ae.py cannot be written (File exists); choose another folder"),
@@ -183,7 +171,7 @@ def test_sampling(place, flags, said):
     assert said in refused(place, *command(SAMPLES), "--num_samples=1", *flags.split())
 
 
-# folders that hold something else, and files in the place of folders
+# folders with other contents, and files instead of folders
 OUTPUTS = [
     (STAGE_1, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
     (STAGE_2, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
@@ -205,13 +193,13 @@ def test_an_output(place, script, flag, said):
 
 
 APPLY, WALK, SPECTRUM = (f"experiments/{name}.py" for name in ("super_resolution", "interpolate", "spectrum"))
-ABLATE, COMPARE, REPORT, BENCHMARK, SOAK = (f"experiments/{name}.py" for name in (
-    "ablate", "compare_resolutions", "report", "benchmark", "soak"))
+ABLATE, COMPARE, REPORT, BENCHMARK = (f"experiments/{name}.py" for name in (
+    "ablate", "compare_resolutions", "report", "benchmark"))
 PIXELS = "--input=dots has images of 1x1, fewer pixels than model.knn_neighbours=3; give larger ones"
 IS_FILE, IS_FOLDER = "ae.py' is not a folder; choose another folder", "--output=data is a folder; give the name of a"
 CONFIG = "--config=ae.py"
 
-# what would be found only after long work, or after something was written, were it not looked for
+# mistakes that would otherwise show only after long work, or after something was written
 LATE = [
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=text", "image 'text/00000.png' can't be read"),
@@ -221,7 +209,7 @@ LATE = [
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --reach=1e308", "--reach=1e308: 1e+308 is not a number in"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --latent_config=ae.py", "leave one out"),
     (WALK, f"{CONFIG} --sampling_steps=3 --latent_config=ae.py", "--latent_config is an autoencoder config"),
-    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --sample_img_size=32", "--sample_img_size=32 is for held-out"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --sample_img_size=32", "--sample_img_size=32 applies to"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py cannot be written"),
     (INPAINT, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (SPECTRUM, f"{CONFIG} --samples=text", "image 'text/00000.png' can't be read"),
@@ -235,20 +223,20 @@ LATE = [
     (REPORT, f"{CONFIG} --search=-1", "search=-1"),
     (BENCHMARK, f"{CONFIG} --output=data", IS_FOLDER), (BENCHMARK, f"{CONFIG} --output=ae.py/x.json", IS_FILE),
     (BENCHMARK, f"{CONFIG} --suites=", "--suites= is unknown; choose from operator"),
-    (SOAK, f"{CONFIG} --output=data", "--output=data is there already"), (SOAK, f"{CONFIG} --output=ae.py/x", IS_FILE),
     (ABLATE, f"{CONFIG} --steps=10 --output=ae.py/x", IS_FILE),
     (ABLATE, f"{CONFIG} --steps=10 --axes=", "--axes= is unknown; choose from encoder"),
-    (ABLATE, f"{CONFIG} --minutes=nan", "--minutes=nan must be a finite number"),
-    (ABLATE, f"{CONFIG} --minutes=inf", "--minutes=inf must be a finite number"),
+    (ABLATE, f"{CONFIG} --minutes=nan", "--minutes=nan: it must be a finite number"),
+    (ABLATE, f"{CONFIG} --minutes=inf", "--minutes=inf: it must be a finite number"),
     (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=21", "--sampling_steps=21 must lie"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.batch_size=21", "batch_size=21 is more than the"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.batch_size=77", "batch_size=77 is more than the"),
     (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.accumulation_steps=3", "must be a multiple of 3"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3", "1 held-out images are too few for a score; at least 4"),
+    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.data.root_dir=dots --config.train.batch_size=1",
+     "1 held-out images are too few for a score; at least 4"),
 ]
 
 
 @pytest.mark.parametrize("script, flags, said", LATE, ids=[f"{row[0][12:-3]} {row[1]}" for row in LATE])
-def test_what_would_be_found_late(place, script, flags, said):
+def test_a_mistake_is_found_before_the_work(place, script, flags, said):
     for name, make in (("dots", lambda path: Image.new("RGB", (1, 1)).save(path)),
                        ("text", lambda path: path.write_text("<html>404</html>")),
                        ("cut", lambda path: path.write_bytes((place / "data" / path.name).read_bytes()[:-40]))):
@@ -259,7 +247,7 @@ def test_what_would_be_found_late(place, script, flags, said):
     assert said in refused(place, script, *flags.split(), *network)
 
 
-def test_an_image_for_which_there_is_no_memory_is_one_line(place):
+def test_running_out_of_memory_is_one_line(place):
     before = contents(place)
     result = run_script(APPLY, CONFIG, "--sampling_steps=3", "--input=data", "--scale=1000000")
     assert result.code == 1 and result.err.startswith("error: out of memory; lower train.batch_size, or --sample_img")
