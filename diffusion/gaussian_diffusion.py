@@ -6,7 +6,7 @@ With the identity as mollifier this is plain DDPM; with states [B, Z] it is the 
 import math
 
 from diffusion.losses import gaussian_kl, mean_per_sample, multiscale_loss, prediction_loss, vlb_weight
-from diffusion.mollifier import GaussianMollifier
+from diffusion.mollifier import WIENER_EPS, GaussianMollifier
 from diffusion.parameterisation import Parameterisation
 from diffusion.schedules import Schedule, log_snr_timesteps, make_betas, respaced_timesteps
 from utils.errors import UserError
@@ -155,11 +155,12 @@ class Denoiser:
         return estimate, _scatter(diffusion._log_variance(fraction, t).exp(), self.coords)
 
 
-def build_diffusion(config, steps=None, sampler="ddim"):
+def build_diffusion(config, steps=None, sampler="ddim", wiener_eps=WIENER_EPS):
     """GaussianDiffusion for a checked config of either stage.
 
-    steps     number of steps of diffusion.steps to visit when sampling; None: all (training)
-    sampler   determines their spacing: even in the log SNR for dpm_solver, even in time otherwise
+    steps       number of steps of diffusion.steps to visit when sampling; None: all (training)
+    sampler     determines their spacing: even in the log SNR for dpm_solver, even in time otherwise
+    wiener_eps  epsilon of the Wiener filter
     A stage-2 config has no fields for the mollifier, learned variance, preconditioning and the multiscale loss, which
     are then off. Raises UserError for values that do not go together.
     """
@@ -174,7 +175,7 @@ def build_diffusion(config, steps=None, sampler="ddim"):
     schedule = Schedule.from_betas(betas, visited)
 
     mollified = options.get("mollifier_type", "none") == "dct"
-    mollifier = GaussianMollifier(options.gaussian_filter_std if mollified else 0.0, resolution)
+    mollifier = GaussianMollifier(options.gaussian_filter_std if mollified else 0.0, resolution, wiener_eps)
 
     data_variance = None
     if options.get("precondition", False):

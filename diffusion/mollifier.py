@@ -18,6 +18,7 @@ import torch
 
 from utils import rng
 
+WIENER_EPS = 0.05  # epsilon of the Wiener filter, as released
 NEGLIGIBLE = 1e-8  # coefficients that T attenuates further do not show in float32
 
 
@@ -26,13 +27,13 @@ class GaussianMollifier:
 
     sigma       standard deviation in pixels at the training resolution; 0 makes T the identity
     train_size  training resolution, R or (H, W); not needed if sigma is 0
-    wiener_eps  epsilon of the Wiener filter
+    wiener_eps  epsilon of the Wiener filter, an inverse signal-to-noise ratio
 
     Methods take and return tensors [..., H, W] and compute in float32 (float64 stays float64), also under autocast.
     With sigma = 0 they accept any shape, so that latents [B, Z] use the same diffusion code.
     """
 
-    def __init__(self, sigma, train_size=None, wiener_eps=0.05):
+    def __init__(self, sigma, train_size=None, wiener_eps=WIENER_EPS):
         if sigma > 0 and train_size is None:
             raise ValueError("a mollifier with sigma > 0 needs the training resolution")
         self.sigma = float(sigma)

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from data.datasets import build_dataset
 from data.loader import all_batches
-from experiments.lib.common_flags import max_points_flag, sampler_flag, size_flag, steps_flag
+from experiments.lib.common_flags import inv_snr_flag, max_points_flag, sampler_flag, size_flag, steps_flag
 from experiments.lib.image_folders import ImageFolder
 from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import reconstruction_scores
@@ -29,7 +29,7 @@ SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "images to r
 SIZE, SAMPLER, STEPS = size_flag("the reconstructions"), sampler_flag(), steps_flag()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "largest number of images; default: data.fid_samples",
                                    lower_bound=1)
-MAX_POINTS = max_points_flag()
+INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
 
 
@@ -39,7 +39,7 @@ def main():
         raise UserError("config.model.z_dim=0: a model without an encoder reconstructs nothing; use "
                         "generate_samples.py")
     size = config.parse_image_size(SIZE.value, cfg.data.img_size)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
     autoencoder.check_size(size)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")
 
@@ -49,7 +49,7 @@ def main():
     originals = ImageFolder(output / "originals", total, origin, output)
     reconstructions = ImageFolder(output / "reconstructions", total, {
         **origin, "size": list(size), "seed": cfg.run.seed, "sampler": SAMPLER.value, "steps": STEPS.value,
-        "decoder": autoencoder.identity}, output)
+        "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output)
 
     for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, STEPS.value):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))

@@ -27,7 +27,7 @@ from experiments.lib.applications import (
     write_grid,
     write_scores,
 )
-from experiments.lib.common_flags import float_flag, input_flag, max_points_flag, size_flag, steps_flag
+from experiments.lib.common_flags import float_flag, input_flag, inv_snr_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.masks import KINDS, make_masks
 from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import psnr, roughness
@@ -45,13 +45,13 @@ STEPS = steps_flag()
 SIZE = size_flag("held-out images")
 INPUT = input_flag()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "largest number of images", lower_bound=1)
-MAX_POINTS = max_points_flag()
+INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: inpainting/<experiment>_<mask>")
 
 
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value, inv_snr=INV_SNR.value)
     autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
     images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
     total, _, *size = images.shape
@@ -65,7 +65,7 @@ def main():
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
     settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
                 "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": STEPS.value, "seed": cfg.run.seed,
-                "decoder": autoencoder.identity, "latent_model": latent_model}
+                "inv_snr": INV_SNR.value, "decoder": autoencoder.identity, "latent_model": latent_model}
     folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)

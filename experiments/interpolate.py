@@ -28,7 +28,7 @@ from experiments.lib.applications import (
     read_images,
     write_scores,
 )
-from experiments.lib.common_flags import float_flag, input_flag, max_points_flag, size_flag, steps_flag
+from experiments.lib.common_flags import float_flag, input_flag, inv_snr_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.latent_paths import along, between, principal_directions, render, show
 from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import psnr
@@ -49,7 +49,7 @@ ENCODINGS = flags.DEFINE_integer("encodings", 1000, "number of training images w
 STEPS = steps_flag()
 SIZE = size_flag("held-out images or samples")
 INPUT = input_flag()
-MAX_POINTS = max_points_flag()
+INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: interpolation/<experiment>")
 
 
@@ -58,7 +58,7 @@ def main():
     samples = LATENT_CONFIG.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value, inv_snr=INV_SNR.value)
     if samples:
         images, origin, pairs = None, {}, PAIRS.value
         size = config.parse_image_size(SIZE.value, cfg.data.img_size)
@@ -73,8 +73,9 @@ def main():
 
     output = Path(OUTPUT.value or f"interpolation/{cfg.run.experiment}")
     settings = {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "steps": STEPS.value,
-                "directions": DIRECTIONS.value, "reach": REACH.value, "encodings": ENCODINGS.value,
-                "seed": cfg.run.seed, "decoder": autoencoder.identity, "latent_model": latent_model}
+                "inv_snr": INV_SNR.value, "directions": DIRECTIONS.value, "reach": REACH.value,
+                "encodings": ENCODINGS.value, "seed": cfg.run.seed, "decoder": autoencoder.identity,
+                "latent_model": latent_model}
     counts = {"originals": 0 if samples else 2 * pairs, "frames": pairs * FRAMES.value,
               "directions": pairs * DIRECTIONS.value * FRAMES.value}
     folders = open_folders(output, {name: count for name, count in counts.items() if count}, settings)

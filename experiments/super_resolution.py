@@ -27,6 +27,7 @@ from experiments.lib.common_flags import (
     eta_flag,
     float_flag,
     input_flag,
+    inv_snr_flag,
     max_points_flag,
     sampler_flag,
     size_flag,
@@ -47,7 +48,7 @@ CONSISTENCY = float_flag("consistency", 1.0, "share of the input in the estimate
 SAMPLER, STEPS, ETA = sampler_flag(), steps_flag(), eta_flag()
 INPUT = input_flag()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "largest number of images", lower_bound=1)
-MAX_POINTS = max_points_flag()
+INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: super_resolution/<experiment>_<size>")
 
 
@@ -56,7 +57,7 @@ def main():
     check_encoder(cfg)
     check_flags()
     input_size = config.parse_image_size(INPUT_SIZE.value, cfg.data.img_size, INPUT_SIZE.name)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
     small, truth, size, origin = read_inputs(cfg, INPUT.value, input_size, result_size, NUM_SAMPLES.value)
     input_size, total = list(small.shape[-2:]), len(small)
     autoencoder.check_size(size)
@@ -64,7 +65,7 @@ def main():
     output = Path(OUTPUT.value or f"super_resolution/{cfg.run.experiment}_{size[0]}x{size[1]}")
     settings = {**origin, "input_size": input_size, "size": list(size), "consistency": CONSISTENCY.value,
                 "sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "seed": cfg.run.seed,
-                "decoder": autoencoder.identity}
+                "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}
     weights = {"decoded": 0.0, "consistent": CONSISTENCY.value} if CONSISTENCY.value else {"decoded": 0.0}
     names = ["inputs", "bicubic", "lanczos", "backprojected", *weights, *(["truth"] if truth is not None else [])]
     folders = open_folders(output, dict.fromkeys(names, total), settings)

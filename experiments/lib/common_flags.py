@@ -4,6 +4,7 @@ import math
 
 from absl import flags
 
+from diffusion.mollifier import WIENER_EPS
 from diffusion.samplers import SAMPLERS
 from utils.errors import UserError
 
@@ -36,6 +37,12 @@ def steps_flag():
 def eta_flag():
     """--eta"""
     return float_flag("eta", 0.0, "noise of ddim: 0 for none, 1 for as much as ddpm", high=1.0)
+
+
+def inv_snr_flag():
+    """--inv_snr"""
+    return float_flag("inv_snr", WIENER_EPS, "inverse signal-to-noise ratio of the Wiener filter that sharpens images",
+                      low=1e-6)
 
 
 def max_points_flag():

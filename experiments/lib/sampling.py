@@ -8,12 +8,14 @@ from absl import flags
 
 from diffusion import sampling
 from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.mollifier import WIENER_EPS
 from diffusion.samplers import SAMPLERS
 from diffusion.window import check_window, decode_window
 from experiments.lib.common_flags import (
     MAX_POINTS,
     check_eta,
     eta_flag,
+    inv_snr_flag,
     max_points_flag,
     sampler_flag,
     size_flag,
@@ -36,13 +38,14 @@ class TrainedAutoencoder:
     sampler     one of diffusion.samplers.SAMPLERS
     max_points  pixels of all images together that the network takes at a time
     run         section of a config with the device and the seed; by default that of cfg
+    inv_snr     epsilon of the Wiener filter
     UserError if the run has no checkpoint, or one that does not fit cfg.
     """
 
-    def __init__(self, cfg, steps, sampler="ddim", max_points=MAX_POINTS, run=None):
+    def __init__(self, cfg, steps, sampler="ddim", max_points=MAX_POINTS, run=None, inv_snr=WIENER_EPS):
         run = run or cfg.run
         self.cfg, self.seed, self.sampler, self.max_points = cfg, run.seed, sampler, max_points
-        self.diffusion = build_diffusion(cfg, steps, sampler)
+        self.diffusion = build_diffusion(cfg, steps, sampler, inv_snr)
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(cfg.train, self.device)
         modules = load_autoencoder(cfg, self.device)
@@ -99,6 +102,7 @@ class SamplingFlags(NamedTuple):
     sampler: flags.FlagHolder
     steps: flags.FlagHolder
     eta: flags.FlagHolder
+    inv_snr: flags.FlagHolder
     latent_sampler: flags.FlagHolder
     latent_steps: flags.FlagHolder
     max_points: flags.FlagHolder
@@ -111,7 +115,7 @@ class SamplingFlags(NamedTuple):
 def define_sampling_flags():
     """Define the flags of SamplingFlags; call it once in a script."""
     return SamplingFlags(
-        size_flag("the samples"), sampler_flag(), steps_flag(), eta_flag(),
+        size_flag("the samples"), sampler_flag(), steps_flag(), eta_flag(), inv_snr_flag(),
         flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "sampler of latents"),
         flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all steps",
                              lower_bound=1),
@@ -138,7 +142,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     window = config.parse_window(window, size)
     check_eta(options.eta, options.sampler)
     autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
-                                     own.run)
+                                     own.run, options.inv_snr.value)
     name = "{}_{}x{}".format(own.run.experiment, *size)
     draw = {}
     if window:
@@ -148,7 +152,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     autoencoder.check_size(size)
     settings = {"size": list(size), "window": window and [list(span) for span in window], "seed": own.run.seed,
                 "sampler": options.sampler.value, "steps": options.steps.value, "eta": options.eta.value,
-                "decoder": autoencoder.identity}
+                "inv_snr": options.inv_snr.value, "decoder": autoencoder.identity}
     if cfg is None:
         settings["latent_model"] = "none"
 
