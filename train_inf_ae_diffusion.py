@@ -24,15 +24,15 @@ from utils.trainer import Trainer
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
 VALIDATION_IMAGES = 256
-TIME_BINS = 4  # parts of the chain whose loss validation tells apart
-PLOT_STEPS = 50  # DDIM steps of the pictures made while training
+TIME_BINS = 4  # parts of the chain with a validation loss each
+PLOT_STEPS = 50  # DDIM steps of the images sampled during training
 
 
 def denoising_terms(modules, diffusion, cfg, images, t, stream):
-    """Terms of the stage-1 loss, each [B], for images [B, C, H, W] at time steps t [B].
+    """Terms of the stage-1 loss, each [B], for images [B, C, H, W] at time steps t [B] (docs/method.md, 3.4).
 
-    The encoder sees one random subset of the pixels, the decoder denoises another:
-    E ‖f_θ(x_t, t, z) − Tξ‖² over the sampled coordinates, with z = encoder(x_0 at other coordinates).
+    The encoder sees one random subset of the pixels and the decoder denoises another: E ‖f_θ(x_t, t, z) − Tξ‖² over
+    the decoder's subset, z = encoder(x_0 at the encoder's subset).
     stream    purpose -> one generator per image
     """
     def subset(purpose):
@@ -54,7 +54,7 @@ def denoising_terms(modules, diffusion, cfg, images, t, stream):
 
 
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
-    """Mean loss of a batch at random time steps, with the means of its terms."""
+    """{"loss": mean loss of a batch at random time steps, and the means of its terms}, scalars."""
     stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
     t, weights = timesteps.sample(rng.rand((len(batch.images),), stream("t"), batch.images.device))
     terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
@@ -63,8 +63,8 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
 
 
 def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
-    """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs;
-    and over each quarter of the chain, from that of the least noise, validation_loss_q1, to q4."""
+    """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs, and
+    over each quarter of the chain, validation_loss_q1 (least noise) to q4."""
     losses, steps = [], []
     for images, index in all_batches(dataset, batch_size, device):
         steps.append(index.to(device) * diffusion.num_steps // len(dataset))  # evenly over [0, T)
@@ -76,7 +76,7 @@ def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
 
 
 def pictures(modules, dataset, diffusion, cfg, device, tick):
-    """Held-out images above their reconstructions, and samples from latents drawn near those of the held-out images."""
+    """Held-out images above their reconstructions, and samples from latents drawn near those of the images: uint8."""
     images, index = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
     z = encode(modules["encoder"], images)
     size, channels = images.shape[-2:], images.shape[1]
@@ -105,19 +105,18 @@ def main():
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
     plot_steps = min(PLOT_STEPS, cfg.diffusion.steps)
 
-    Trainer(
-        cfg, "autoencoder", modules,
-        loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
+    trainer = Trainer(cfg, "autoencoder", modules,
+                      functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg), device,
+                      state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
+                      source=f"{train_set.fingerprint()} {heldout.fingerprint()}")
+    trainer.train(
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
                                               num_workers=cfg.data.num_workers, device=device, augment=train_set.flips,
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=functools.partial(pictures, dataset=shown, cfg=cfg, device=device,
                                diffusion=build_diffusion(cfg, plot_steps)),
-        plot_steps=2 * plot_steps,  # of reconstructions, and of samples
-        device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
-        source=f"{train_set.fingerprint()} {heldout.fingerprint()}",
-    ).train()
+        plot_steps=2 * plot_steps)  # of reconstructions, and of samples
     cli.point_to_report()
 
 

@@ -28,18 +28,18 @@ from utils.trainer import Trainer
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
 VALIDATION_PAIRS = 1024
-PLOT_STEPS = 50  # sampling steps, of latents and of images, for the pictures made while training
+PLOT_STEPS = 50  # sampling steps, of latents and of images, for the images sampled during training
 
 
 class LatentBatch(NamedTuple):
-    """What a part of a step of stage 2 trains on."""
+    """A micro-batch of stage 2."""
 
     z: torch.Tensor  # standardised latents, float32 [B, Z]
-    part: slice  # which of the step's train.batch_size samples they are
+    part: slice  # their places among the step's train.batch_size samples
 
 
 def latent_batches(latents, cfg, start_step):
-    """Endless batches of latents [N, Z] on their device, one for each of this process's `training_positions`."""
+    """Endless batches of latents [N, Z] on their device, one for each of this rank's `training_positions`."""
     device = latents.device
     batch_size = cfg.train.batch_size
     for positions in training_positions(batch_size, start_step, cfg.train.accumulation_steps):
@@ -49,11 +49,11 @@ def latent_batches(latents, cfg, start_step):
 
 
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
-    """Mean loss of a batch of latents at random time steps, with the means of its terms."""
+    """{"loss": mean loss of a batch at random time steps, and the means of its terms}, scalars."""
     device = batch.z.device
 
     def draw(make, purpose, *shape):
-        """For all parts of the step at once: a generator for each sample would take a quarter of the time."""
+        """Drawn for the whole step at once: one generator per sample would take a quarter of the time."""
         one = rng.generator(device, cfg.run.seed, purpose, step)
         return make((cfg.train.batch_size, *shape), one, device)[batch.part]
 
@@ -104,16 +104,11 @@ def main():
                             "latents, of images and their mirror images," if both else "latents")
     key = latents_key(encoder, dtype, *datasets)
 
-    # Before the latents, which can take an hour: a trainer refuses at once what it cannot go on with.
     trainer = Trainer(
-        cfg, "latent", modules,
-        loss=functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
-        batches=lambda step: latent_batches(latents.train.to(device), cfg, step),
-        validate=lambda ema: validation_loss(ema, latents.heldout.to(device), diffusion),
-        plot=lambda ema, tick: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device, tick),
-        plot_steps=sum(min(PLOT_STEPS, one.diffusion.steps) for one in (cfg, decoder_cfg)),
-        device=device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
+        cfg, "latent", modules, functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
+        device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
         filename="latent_checkpoint.pt", best="validation_loss")
+    trainer.resume()  # before encoding, which can take an hour
 
     def encode_images(images):
         with autocast(device, dtype):
@@ -123,7 +118,12 @@ def main():
                            decoder_cfg.train.batch_size // decoder_cfg.train.accumulation_steps, device,
                            decoder_cfg.data.num_workers)
     trainer.facts.update(mean=latents.mean, std=latents.std, encoder=digest(encoder.state_dict()))
-    trainer.train()
+    train_set, heldout = latents.train.to(device), latents.heldout.to(device)
+    trainer.train(
+        batches=lambda step: latent_batches(train_set, cfg, step),
+        validate=lambda ema: validation_loss(ema, heldout, diffusion),
+        plot=lambda ema, tick: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device, tick),
+        plot_steps=sum(min(PLOT_STEPS, one.diffusion.steps) for one in (cfg, decoder_cfg)))
     cli.point_to_report()
 
 

@@ -1,13 +1,7 @@
-"""The file of a checkpoint: written whole or not at all, checked when read, loaded without running what is in it.
+"""Checkpoint files: written whole or not at all, verified when read, loaded without executing anything in them.
 
-It is a file of torch.save, which torch.load(path, weights_only=True) reads as well, followed by its own digest.
-
-The checkpoints of one run: the newest, some before it, and the best; written while training goes on.
-
-The averaged weights of a run alone, as safetensors: what sampling needs, for others to use and to look into.
-
-The names of the tensors are those of the networks; facts of the run that are tensors are named facts.<name>. All else
-is JSON in the header: kind, step, config, facts, environment.
+A checkpoint is a file of torch.save, which torch.load(path, weights_only=True) reads as well, followed by its digest.
+CheckpointFolder keeps those of a run. A file of weights is the EMA alone, as safetensors, for sampling and for others.
 """
 
 import hashlib
@@ -29,14 +23,13 @@ from utils.errors import UserError
 from utils.files import replacing, sync_folder
 
 FORMAT = 2
-MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits, at the end of the file
+MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits at the end of the file
 CHUNK = 1 << 24
-TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by the kind
+TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by kind
 
 
 class DamagedCheckpoint(UserError):
-    """The file is not what was written: truncated, changed, or of something else. `what` is the message without the
-    remedy."""
+    """The file is truncated, changed, or of something else. `what` is the message without the remedy."""
 
     def __init__(self, what):
         super().__init__(f"{what}; restore it, or start again in another run.experiment")
@@ -44,11 +37,11 @@ class DamagedCheckpoint(UserError):
 
 
 def save_checkpoint(path, state, displaced=None):
-    """Write `state` (nested dicts and lists of tensors, numbers and strings) and where it was made to `path`.
+    """Write `state` (nested dicts and lists of tensors, numbers and strings) and the environment to `path`.
 
-    It is on the disk before it takes the place of an older file, so that neither a killed process nor a power failure
-    leaves half of one. OSError where the disk is full or the folder not writable; the older file then stays.
-    displaced    name that the older file gets; by default it is gone
+    It is on disk before it replaces an older file, so neither a killed process nor a power failure leaves half of one.
+    OSError if it cannot be written; the older file then stays.
+    displaced    new name of the older file, which is removed otherwise
     """
     path = Path(path)
     try:
@@ -58,24 +51,24 @@ def save_checkpoint(path, state, displaced=None):
                 os.replace(path, displaced)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}); what was saved before is as it was. "
-                      "Mend that and give the same command again") from error
+        raise OSError(f"{path} could not be written ({error.strerror or error}); the files saved before are unchanged. "
+                      "Correct this and give the same command again") from error
 
 
 def _write(path, state):
     with open(path, "wb") as file:
-        hashed = _Hashed(file)
+        hashed = _HashedFile(file)
         try:
             torch.save(state, hashed)
-        except RuntimeError as error:  # torch's word for a write that failed
+        except RuntimeError as error:  # PyTorch's error for a failed write
             raise hashed.error or error from error
         file.write(MARK + hashed.digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-class _Hashed:
-    """A file to write to that keeps the digest of what was written, and the error if that failed."""
+class _HashedFile:
+    """A writable file that keeps the digest of its content, and the error of a failed write."""
 
     def __init__(self, file):
         self.file, self.digest, self.error = file, _new_digest(), None
@@ -98,8 +91,8 @@ def _new_digest():
 
 
 def load_checkpoint(path, kind=None):
-    """What `save_checkpoint` wrote, on the CPU. UserError where the file is missing or of another kind or format;
-    its subclass DamagedCheckpoint where it is damaged."""
+    """The content of a file of `save_checkpoint`, on the CPU. UserError if the file is missing or of another kind or
+    format; its subclass DamagedCheckpoint if it is damaged."""
     path = Path(path)
     if path.is_dir():
         raise DamagedCheckpoint(f"{path} is a folder, not a checkpoint")
@@ -123,7 +116,7 @@ def load_checkpoint(path, kind=None):
 
 
 def _check_digest(path):
-    """ValueError unless the file ends with the digest of all before."""
+    """ValueError unless the file ends with the digest of everything before it."""
     digest = _new_digest()
     left = path.stat().st_size - len(MARK) - 2 * digest.digest_size
     with open(path, "rb") as file:
@@ -139,7 +132,7 @@ def _check_digest(path):
 
 
 def identity(path):
-    """Short text that changes when the file does: its path, size and time of change."""
+    """Short text that changes when a file does: its path, size and modification time."""
     status = Path(path).stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"
 
@@ -154,7 +147,7 @@ def digest(weights):
 
 
 def load_weights(module, state, path):
-    """Strictly load a state dict; a UserError names the first tensor that differs, with both shapes."""
+    """Strictly load a state dict. UserError naming the first tensor that differs, with both shapes."""
     own = module.state_dict()
     for name in [*own, *state]:
         here = tuple(own[name].shape) if name in own else "absent"
@@ -166,7 +159,7 @@ def load_weights(module, state, path):
 
 
 def architecture_fields(config):
-    """(section, name) of the fields of a config, also one as dicts, on which a network or what it predicts depends."""
+    """(section, name) of the fields of a config, also as nested dicts, on which a network or its target depends."""
     for section, names in (("data", ("img_size", "channels")), ("model", None), ("diffusion", None)):
         for name in config.get(section, {}):
             if name in names if names else name not in ("backend", "attention"):
@@ -188,37 +181,36 @@ def _plain(value):
 
 
 class CheckpointFolder:
-    """<name>.pt in `folder`, the newest state of a run; <name>.<step>.pt, those before it; best_<name>.pt, the best.
+    """The checkpoints of a run in `folder`: <name>.pt, the newest; <name>.<step>.pt, earlier ones; best_<name>.pt.
 
     filename    <name>.pt
-    keep        how many states there are at most, the newest included and the best not
+    keep        number of checkpoints to keep, including the newest and excluding the best
 
-    A file appears whole, under its name, or not at all, and one is removed only when newer ones are on the disk: a
-    process that is killed at any instant leaves a state to go on from.
-    Saving copies a state to the memory of the host, and a thread writes it. What goes wrong there is raised by the next
-    call.
+    A file appears under its name whole or not at all, and an old one is removed only once newer ones are on disk: a
+    process that is killed at any instant leaves a checkpoint to resume from. Saving copies the state to host memory,
+    and a thread writes it; the next call raises any error of that thread.
     """
 
     def __init__(self, folder, filename, keep):
         self.newest = Path(folder) / filename
         self.best = self.newest.with_name(f"best_{filename}")
         self.keep = keep
-        self._step = None  # of the file `newest`; None where there is none, or a damaged one
-        self._thread = ThreadPoolExecutor(max_workers=1)  # Python ends only when what was given to it is done
+        self._step = None  # of the file `newest`; None if there is none or it is damaged
+        self._thread = ThreadPoolExecutor(max_workers=1)  # at exit, Python waits for its work
         self._writing = None
 
     def exists(self):
-        """Whether there is a state to go on from, if it is not damaged."""
+        """True if there is a checkpoint to resume from, unless it is damaged."""
         return self.newest.exists() or bool(older_checkpoints(self.newest))
 
     def load(self, kind):
-        """(newest state that is whole, its path); see load_newest."""
+        """(newest undamaged state, its path); see load_newest."""
         state, path = load_newest(self.newest, kind)
         self._step = state["step"] if path == self.newest else None
         return state, path
 
     def save(self, state):
-        """Start to write a state, a dict with "step", as the newest one."""
+        """Start to write a state, a dict with "step", as the newest."""
         self._start(self._write, state)
 
     def save_best(self, state):
@@ -226,12 +218,12 @@ class CheckpointFolder:
         self._start(save_checkpoint, self.best, state)
 
     def check(self):
-        """Raise the OSError of a write that has failed; does not wait for one that has not ended."""
+        """Raise the OSError of a failed write; does not wait for one in progress."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self):
-        """Return when all is on the disk. OSError where it could not be written."""
+        """Wait until everything is on disk. OSError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -248,14 +240,14 @@ class CheckpointFolder:
         save_checkpoint(self.newest, state, displaced)
         self._step = step
         older = older_checkpoints(self.newest)
-        # one of a later step is of a future that this run, having gone back, has left
+        # files of later steps remain if the run went back to an earlier one because the newest was damaged
         kept = [s for s in older if s < step][:self.keep - 1]
         for path in (older[s] for s in older if s not in kept):
             path.unlink(missing_ok=True)
 
 
 def older_checkpoints(newest):
-    """{step: path} of the states before the file `newest`, the latest first; it need not exist."""
+    """{step: path} of the checkpoints before the file `newest`, latest first; `newest` need not exist."""
     pattern = re.compile(rf"{re.escape(newest.stem)}\.(\d+){re.escape(newest.suffix)}")
     found = {int(match[1]): path for path in newest.parent.glob(f"{newest.stem}.*{newest.suffix}")
              if (match := pattern.fullmatch(path.name))}
@@ -263,10 +255,8 @@ def older_checkpoints(newest):
 
 
 def load_newest(newest, kind):
-    """(state, path) of the file `newest` or, with a warning, of the latest one before it where that is damaged or gone.
-
-    UserError where there is none that is whole, or where it is of another kind (see load_checkpoint).
-    """
+    """(state, path) of the file `newest`. If it is damaged or missing, of the latest undamaged one before it, with a
+    warning. UserError if there is none, or it is of another kind (see load_checkpoint)."""
     problem, older = None, older_checkpoints(newest)
     for path in [newest, *older.values()]:
         if path == newest and not path.exists() and older:
@@ -278,7 +268,7 @@ def load_newest(newest, kind):
             problem = problem or error
             continue
         if problem is not None:
-            logging.warning("%s; the one before it is used, %s of step %d", problem.what, path, state["step"])
+            logging.warning("%s; using the one before it, %s of step %d", problem.what, path, state["step"])
         return state, path
     if older:
         names = " or ".join(path.name for path in older.values())
@@ -287,7 +277,7 @@ def load_newest(newest, kind):
 
 
 def to_host(value):
-    """A copy of nested dicts, lists and tuples, with the tensors in them in the memory of the host."""
+    """A copy of nested dicts, lists and tuples, with their tensors in host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -303,7 +293,11 @@ _HEADER = ("kind", "step", "config", "environment")
 
 
 def save_weights(path, saved):
-    """Write what sampling needs of `saved`, which load_checkpoint gave."""
+    """Write what sampling needs of `saved`, the result of load_checkpoint.
+
+    Tensors have the names of the networks; facts that are tensors are named facts.<name>. The rest is JSON in the
+    header: kind, step, config, environment, facts.
+    """
     facts = saved["facts"]
     tensors = {**saved["ema"], **{_FACTS + name: fact for name, fact in facts.items() if torch.is_tensor(fact)}}
     header = {name: saved[name] for name in _HEADER}
@@ -312,19 +306,19 @@ def save_weights(path, saved):
     content = save({name: tensor.clone().contiguous() for name, tensor in tensors.items()},
                    {"format": "pt", "written_by": WEIGHTS_FORMAT, **header})
     with replacing(path) as temporary:
-        temporary.write_bytes(content)  # save_file would give it to this user alone
+        temporary.write_bytes(content)  # save_file would make it readable by this user alone
 
 
 def load_weights_file(path, kind):
     """{"kind", "step", "config", "environment", "facts", "ema"} of a file of save_weights, on the CPU.
 
-    UserError where it was written by something else or is of another kind; DamagedCheckpoint where it is not readable.
+    UserError if something else wrote it or it is of another kind; DamagedCheckpoint if it is not readable.
     """
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path} is not a readable file of weights ({error})") from error
     if metadata.get("written_by") != WEIGHTS_FORMAT:

@@ -1,18 +1,14 @@
-"""Reading and checking configs: which flags there are, which fields may stand in a config, and in which range.
+"""Config flags, and the checks of every field: which fields exist, their types and their ranges.
 
-What a name may be (a data set, a schedule, a backend) is checked where the name is looked up.
-
-Configs of runs that are there already: what a network depends on is as the run was trained.
-
-A script that samples takes those fields from the run's config.json, beside its checkpoint, so that what was overridden
-to train need not be said again. A field that the command line gives stands, and is refused later where it differs
-(utils.checkpoint.check_same_architecture).
+The code that uses a name (a data set, a schedule, a backend) checks it.
 """
 
 import difflib
 import json
 import math
 import re
+import runpy
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -24,7 +20,7 @@ from utils.checkpoint import architecture_fields
 from utils.errors import UserError
 from utils.files import replacing
 
-# Smallest value of every number; a number below it is a mistake.
+# Smallest allowed value of every number.
 AT_LEAST = {
     "run.seed": 0,
     "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0,
@@ -62,12 +58,29 @@ ONE_OF = {
 
 def define_config_flag(name, what, default=None):
     """--<name>=configs/<file>.py, with --<name>.<section>.<field>=value for every field; default: path of a file."""
-    return config_flags.DEFINE_config_file(name, default, f"{what}; --{name}.<section>.<field>=<value> sets a field")
+    holder = config_flags.DEFINE_config_file(name, default, f"{what}; --{name}.<section>.<field>=<value> sets a field")
+    flags.FLAGS[name].parser = _ConfigFileParser()
+    return holder
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """Reports anything that a config file raises, which is the user's Python code, in one line."""
+
+    def parse(self, path):
+        try:
+            config = runpy.run_path(path)["get_config"]()
+            if not isinstance(config, ConfigDict):
+                raise TypeError(f"get_config() returns a {type(config).__name__}, not a ConfigDict")
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            where = f" (line {lines[-1]})" if lines else ""
+            raise ValueError(f"the config file could not be loaded: {type(error).__name__}: {error}{where}") from error
+        return config.lock()
 
 
 def read_autoencoder_config(flag):
-    """The checked stage-1 config of a flag; UserError where it is missing or holds a mistake."""
-    config = _given(flag)
+    """The stage-1 config of a flag, checked. UserError if it is missing or invalid."""
+    config = _value(flag)
     if "mc_integral" not in config:
         raise UserError(f"--{flag.name} is not an autoencoder config (it has no mc_integral section); "
                         "give one such as configs/ffhq_256_config.py")
@@ -75,8 +88,70 @@ def read_autoencoder_config(flag):
     return config
 
 
+def read_latent_config(flag):
+    """The stage-2 config of a flag, checked. UserError if it is missing or invalid."""
+    config = _value(flag)
+    if "mc_integral" in config:
+        raise UserError(f"--{flag.name} is an autoencoder config (it has a mc_integral section); "
+                        "give a latent config such as configs/ffhq_latent_config.py")
+    _check(config, latent_config(), flag.name)
+    return config
+
+
+def read_trained_autoencoder_config(flag):
+    """The stage-1 config of a flag, checked, with the architecture of its run if there is one.
+
+    A script that samples takes the fields on which a network depends from config.json beside the checkpoint, so that
+    the overrides of training need not be repeated. A field given on the command line stays, and is refused later if it
+    differs (utils.checkpoint.check_same_architecture).
+    """
+    config = read_autoencoder_config(flag)
+    if _take_architecture(config, flag):
+        check_autoencoder_config(config, flag.name)
+    return config
+
+
+def read_trained_latent_config(flag):
+    """As read_trained_autoencoder_config, for stage 2."""
+    config = read_latent_config(flag)
+    if _take_architecture(config, flag):
+        _check(config, latent_config(), flag.name)
+    return config
+
+
+def read_trained_stages(flag, decoder_flag):
+    """(latent config or None, stage-1 config or None), as above, of a script that takes either kind as `flag`, and the
+    stage-1 config of a latent one as `decoder_flag`."""
+    if flag.value is not None and "mc_integral" in flag.value and decoder_flag.value is None:
+        return None, read_trained_autoencoder_config(flag)
+    return (None if flag.value is None else read_trained_latent_config(flag),
+            None if decoder_flag.value is None else read_trained_autoencoder_config(decoder_flag))
+
+
+def _value(flag):
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing; give a config file such as --{flag.name} configs/demo_config.py")
+    return flag.value
+
+
+def _take_architecture(config, flag):
+    """Set the fields that config.json of the run has with another value. True if there is a config.json."""
+    try:
+        saved = json.loads((run_dir(config) / "config.json").read_text())
+        fields = [(section, name, saved[section][name]) for section, name in architecture_fields(config)
+                  if name in saved[section]]
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged; the checkpoint holds the config as well
+        return False
+    given = config_flags.get_override_values(flags.FLAGS[flag.name])
+    for section, name, value in fields:
+        value = tuple(value) if isinstance(value, list) else value
+        if f"{section}.{name}" not in given and config[section][name] != value:
+            config[section][name] = value
+    return True
+
+
 def check_autoencoder_config(config, name):
-    """UserError for a mistake in a stage-1 config; `name` is what the message calls it."""
+    """UserError if a stage-1 config is invalid; `name` is that of its flag."""
     _check(config, autoencoder_config(64), name)
     pixels, q_sample = config.data.img_size ** 2, config.mc_integral.q_sample
     if not config.model.knn_neighbours <= q_sample <= pixels:
@@ -88,36 +163,18 @@ def check_autoencoder_config(config, name):
         raise UserError(f"{name}.model.stochastic_encoding=True needs an encoder; set model.z_dim, or turn it off")
 
 
-def read_latent_config(flag):
-    """The checked stage-2 config of a flag; UserError where it is missing or holds a mistake."""
-    config = _given(flag)
-    if "mc_integral" in config:
-        raise UserError(f"--{flag.name} is an autoencoder config (it has a mc_integral section); "
-                        "give a latent config such as configs/ffhq_latent_config.py")
-    check_latent_config(config, flag.name)
-    return config
-
-
-def check_latent_config(config, name):
-    """UserError for a mistake in a stage-2 config; `name` is what the message calls it."""
-    _check(config, latent_config(), name)
-
-
 def check_same_latent(config, decoder_config):
-    """UserError unless the latent model and the autoencoder agree on the length of z and live in different folders."""
+    """UserError unless latent model and autoencoder agree on the length of z and use different run folders."""
     if config.model.z_dim != decoder_config.model.z_dim:
         raise UserError(f"config.model.z_dim={config.model.z_dim} differs from decoder_config.model.z_dim="
-                        f"{decoder_config.model.z_dim}; set both to the one the autoencoder was trained with")
+                        f"{decoder_config.model.z_dim}; set both to the value the autoencoder was trained with")
     if run_dir(config) == run_dir(decoder_config):
         raise UserError(f"config.run.experiment={config.run.experiment!r} is also that of the autoencoder; they would "
                         "overwrite each other's metrics, so choose another")
 
 
 def micro_batch_size(config):
-    """Samples that a process works on at a time: train.batch_size / (processes · train.accumulation_steps).
-
-    UserError unless it is a whole number.
-    """
+    """Samples per micro-batch: train.batch_size / (ranks · train.accumulation_steps). UserError unless it is whole."""
     train, processes = config.train, distributed.world_size()
     parts = processes * train.accumulation_steps
     if train.batch_size % parts:
@@ -128,69 +185,14 @@ def micro_batch_size(config):
 
 
 def check_batch_fits(config, count, items):
-    """UserError where a batch is larger than the training set of `count` items, and would hold some of them twice."""
+    """UserError if a batch is larger than the training set of `count` items, and would hold some of them twice."""
     if config.train.batch_size > count:
         raise UserError(f"config.train.batch_size={config.train.batch_size} is more than the {count} {items} to train "
                         "on; lower it, or add images")
 
 
-def run_dir(config):
-    """Folder of a run, <output_dir>/<experiment>."""
-    return Path(config.run.output_dir) / config.run.experiment
-
-
-def write_config(config, path):
-    """The config as indented JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-
-
-def changed_fields(values, defaults):
-    """[(field, default, value)] of what differs between a config, as nested dicts (config.json), and a default one."""
-    changed = []
-    for name, default in _leaves(defaults):
-        section, field = name.split(".")
-        value = values.get(section, {}).get(field, default)
-        if list(value) != list(default) if isinstance(default, tuple) else value != default:
-            changed.append((name, default, value))
-    return changed
-
-
-def parse_image_size(text, default, flag="sample_img_size"):
-    """(H, W) from "256", "192x256" or None, which means default x default; flag names it in the error."""
-    if text is None:
-        return default, default
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < 16:
-        raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
-    return size
-
-
-def parse_window(text, size):
-    """((top, bottom), (left, right)) in pixels of an image of size (H, W), from "x0 y0 x1 y1" in fractions of it, or
-    None from None; all pixels that the window touches."""
-    if text is None:
-        return None
-    try:
-        x0, y0, x1, y1 = (float(word) for word in re.split(r"[\s,]+", text.strip()))
-    except ValueError:
-        x0 = y0 = x1 = y1 = -1.0
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
-                        "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
-    spans = [(min(math.floor(round(first * length, 6)), length - 1), math.ceil(round(end * length, 6)))
-             for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1]))]
-    return tuple((first, max(end, first + 1)) for first, end in spans)
-
-
-def _given(flag):
-    if flag.value is None:
-        raise UserError(f"--{flag.name} is missing; give a config file such as --{flag.name} configs/demo_config.py")
-    return flag.value
-
-
 def _check(config, defaults, flag_name):
+    """UserError for a field that is unknown, missing, or of a wrong type or value."""
     for name, value in _leaves(config):
         default = _lookup(defaults, name)
         where = f"{flag_name}.{name}={value!r}"
@@ -243,42 +245,52 @@ def _same_type(value, default):
     return isinstance(value, type(default))
 
 
-def read_trained_autoencoder_config(flag):
-    """The checked stage-1 config of a flag, as its run was trained where it has been; UserError as for any config."""
-    config = read_autoencoder_config(flag)
-    if _take_architecture(config, flag):
-        check_autoencoder_config(config, flag.name)
-    return config
+def run_dir(config):
+    """Folder of a run, <output_dir>/<experiment>."""
+    return Path(config.run.output_dir) / config.run.experiment
 
 
-def read_trained_latent_config(flag):
-    """The checked stage-2 config of a flag, as its run was trained where it has been; UserError as for any config."""
-    config = read_latent_config(flag)
-    if _take_architecture(config, flag):
-        check_latent_config(config, flag.name)
-    return config
+def write_config(config, path):
+    """Write the config as indented JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def read_trained_stages(flag, decoder_flag):
-    """(latent config or None, stage-1 config or None), as above, of a script that takes either kind as `flag`, and the
-    stage-1 config that belongs to a latent one as `decoder_flag`."""
-    if flag.value is not None and "mc_integral" in flag.value and decoder_flag.value is None:
-        return None, read_trained_autoencoder_config(flag)
-    return (None if flag.value is None else read_trained_latent_config(flag),
-            None if decoder_flag.value is None else read_trained_autoencoder_config(decoder_flag))
+def changed_fields(values, defaults):
+    """[(field, default, value)] for the fields in which a config, as nested dicts (config.json), differs from
+    `defaults`, a ConfigDict."""
+    changed = []
+    for name, default in _leaves(defaults):
+        section, field = name.split(".")
+        value = values.get(section, {}).get(field, default)
+        if list(value) != list(default) if isinstance(default, tuple) else value != default:
+            changed.append((name, default, value))
+    return changed
 
 
-def _take_architecture(config, flag):
-    """Set the fields of the config that config.json of its run has with another value; whether there is one."""
+def parse_image_size(text, default, flag="sample_img_size"):
+    """(H, W) from "256", "192x256" or None, which means default x default; `flag` is named in the error."""
+    if text is None:
+        return default, default
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 16:
+        raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
+    return size
+
+
+def parse_window(text, size):
+    """((top, bottom), (left, right)) in pixels of an image of size (H, W): all pixels that the window "x0 y0 x1 y1", in
+    fractions of the image, touches. None for None."""
+    if text is None:
+        return None
     try:
-        saved = json.loads((run_dir(config) / "config.json").read_text())
-        fields = [(section, name, saved[section][name]) for section, name in architecture_fields(config)
-                  if name in saved[section]]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or a damaged one; the checkpoint has it as well
-        return False
-    given = config_flags.get_override_values(flags.FLAGS[flag.name])
-    for section, name, value in fields:
-        value = tuple(value) if isinstance(value, list) else value
-        if f"{section}.{name}" not in given and config[section][name] != value:
-            config[section][name] = value
-    return True
+        x0, y0, x1, y1 = (float(word) for word in re.split(r"[\s,]+", text.strip()))
+    except ValueError:
+        x0 = y0 = x1 = y1 = -1.0
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
+                        "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+    spans = [(min(math.floor(round(first * length, 6)), length - 1), math.ceil(round(end * length, 6)))
+             for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1]))]
+    return tuple((first, max(end, first + 1)) for first, end in spans)

@@ -1,7 +1,7 @@
-"""Several processes that train or sample together, as torchrun starts them. In a single one all of this does nothing.
+"""Several ranks that train or sample together, started by torchrun. With one process every function is trivial.
 
-Tensors on the CPU travel by gloo, those on a GPU by NCCL. Every function below but the first four has to be called by
-all processes alike: each waits there for the others, at most TIMEOUT.
+CPU tensors travel over gloo, GPU tensors over NCCL. Functions marked "Collective" must be called by all ranks alike;
+each rank waits there for the others, at most TIMEOUT.
 """
 
 import contextlib
@@ -20,34 +20,34 @@ from torch import nn
 
 from utils.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)  # more than validation and pictures take, which the others wait for
-_PATIENCE = 3  # seconds that a process which is to be stopped waits for it
-_store = None  # of torchrun: keys and values that all processes see
-_rounds = itertools.count()  # all processes take part in the same ones
+TIMEOUT = datetime.timedelta(minutes=30)  # longer than the evaluation that the other ranks wait for
+_PATIENCE = 3  # seconds in which torchrun should stop a rank that failed because of another
+_store = None  # torchrun's key-value store, shared by all ranks
+_rounds = itertools.count()  # of deal(); the same on all ranks
 
 
 def world_size():
-    """Number of processes."""
+    """Number of ranks."""
     return dist.get_world_size() if _store else 1
 
 
 def rank():
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if _store else 0
 
 
 def local_rank():
-    """Number of this process among those on its machine, which is that of its GPU."""
+    """Rank among the processes of this machine, which is also the index of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if _store else 0
 
 
 def is_main():
-    """Whether this is the process that logs, shows progress and writes files."""
+    """True on the rank that logs, shows progress and writes files."""
     return rank() == 0
 
 
 def start():
-    """Meet the other processes that torchrun has started. UserError where they cannot be found."""
+    """Connect to the other ranks that torchrun has started. UserError if they cannot be reached."""
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -57,7 +57,7 @@ def start():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but the other processes cannot be reached ({error}); "
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but the other ranks cannot be reached ({error}); "
                         "start them with torchrun, or unset WORLD_SIZE") from error
     _store = dist.PrefixStore("infty_diff", store)
     show = sys.excepthook
@@ -71,7 +71,7 @@ def start():
 
 
 def leave(code=0):
-    """End this process if it is one of several; with code 0 when all others are done. In a single one, just return."""
+    """End this process if it is one of several ranks; with code 0 once all ranks are done. Otherwise just return."""
     if not _store:
         return
     if code == 0:
@@ -79,12 +79,11 @@ def leave(code=0):
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a thread of gloo's that still needs Python would abort a process in which it ends in order
+    os._exit(code)  # in an orderly exit, a gloo thread that still needs Python would abort the process
 
 
 def data_parallel(loss, modules):
-    """loss(modules, ...) as a function of its other arguments, whose backward leaves averages over all processes in the
-    gradients of the modules (torch's DistributedDataParallel, which sends them while backward goes on)."""
+    """loss(modules, ...) as a function of the other arguments, with gradients averaged over all ranks in backward."""
     if not _store:
         return functools.partial(loss, modules)
     return nn.parallel.DistributedDataParallel(_Bound(loss, modules), gradient_as_bucket_view=True)
@@ -99,24 +98,24 @@ class _Bound(nn.Module):
         return self.loss(self.trained, *arguments)
 
 
-def exchanged_later(loss, later):
-    """Context for a call of a data_parallel loss and its backward. Where `later` is true, gradients are added to those
-    there are and stay in this process; the first backward where it is not averages the sums."""
-    return loss.no_sync() if _store and later else contextlib.nullcontext()
+def no_sync(loss, enabled):
+    """Context for gradient accumulation: while enabled, backward of a data_parallel loss keeps gradients on this rank;
+    the first backward without it averages the sums."""
+    return loss.no_sync() if _store and enabled else contextlib.nullcontext()
 
 
 def barrier():
-    """Wait for all processes."""
+    """Wait for all ranks. Collective."""
     any_rank(False)
 
 
 def any_rank(flag):
-    """Whether `flag` is true in any of the processes."""
+    """True if `flag` is true on any rank. Collective."""
     return bool(largest(int(bool(flag))))
 
 
 def largest(number):
-    """The largest of the processes' integers."""
+    """The largest of the ranks' integers. Collective."""
     if not _store:
         return number
     result = torch.tensor([number])
@@ -125,7 +124,7 @@ def largest(number):
 
 
 def from_main(function):
-    """What function() gives in the main process, in all of them; it is called there alone."""
+    """The result of function(), called on the main rank only, on all ranks. Collective."""
     if not _store:
         return function()
     result = [function() if is_main() else None]
@@ -134,7 +133,7 @@ def from_main(function):
 
 
 def mean(terms):
-    """{name: scalar tensor} averaged over the processes, float32."""
+    """{name: scalar tensor} averaged over the ranks, float32. Collective."""
     if not _store:
         return terms
     values = torch.stack([term.detach().float() for term in terms.values()])
@@ -143,12 +142,12 @@ def mean(terms):
 
 
 def share(count):
-    """The part of range(count) that falls to this process: contiguous, in the order of ranks, as equal as can be."""
+    """This rank's part of range(count): contiguous, in the order of ranks, of nearly equal lengths."""
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def deal(items):
-    """Yield the items of a list or range, each in one of the processes: whoever is ready takes the next one."""
+    """Yield each item of a list or range on one of the ranks: whichever is ready takes the next. Collective."""
     if not _store:
         yield from items
         return
@@ -158,7 +157,7 @@ def deal(items):
 
 
 def gather(values):
-    """values [n, ...] of all processes in the order of ranks, [world_size · n, ...]; n is the same in all of them."""
+    """values [n, ...] of all ranks in order, [world_size · n, ...]; n must be the same on all ranks. Collective."""
     if not _store:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -167,9 +166,9 @@ def gather(values):
 
 
 def concatenate(parts):
-    """The tensors [any, D] in the lists `parts` of all processes, in the order of ranks, as one on the CPU.
+    """The tensors [any, D] in the lists `parts` of all ranks, in order, as one tensor on the CPU. Collective.
 
-    A process may have none; at least one has some.
+    A list may be empty on some ranks, but not on all.
     """
     own = torch.cat(parts).cpu() if parts else None
     if not _store:
@@ -186,15 +185,15 @@ def concatenate(parts):
 
 
 def first_to_fail(reason):
-    """Whether this process is the first to fail, and so the one to say why (`reason`, which torchrun repeats).
+    """True on the first rank that fails, which is the one to print why. torchrun repeats its `reason` at the end.
 
-    The others fail because of it, or in the same way: they wait here for torchrun to stop them.
+    Other ranks usually fail because of the first, or for the same reason: here they wait for torchrun to stop them.
     """
     if not _store:
         return True
     try:
         first = _store.add("failures", 1) == 1
-    except RuntimeError:  # its keeper is gone
+    except RuntimeError:  # the process that holds the store is gone
         first = False
     if first:
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -209,11 +208,11 @@ def first_to_fail(reason):
 
 
 def lost_connection(error):
-    """One line for an error of the network between the processes; None for any other error."""
+    """One line for an error in the connection between ranks; None for any other error."""
     text = str(error)
     if not isinstance(error, dist.DistError) and "gloo" not in text:
         return None
     if "timed out" in text.lower() or "timeout" in text.lower():
-        return (f"waited {TIMEOUT.total_seconds() / 60:g} minutes for the other processes; one of them hangs, or the "
+        return (f"waited {TIMEOUT.total_seconds() / 60:g} minutes for the other ranks; one of them hangs, or the "
                 "network between them is broken")
-    return "lost the connection to another process; it was killed, or its machine or the network is gone"
+    return "lost the connection to another rank; it was killed, or its machine or the network is gone"

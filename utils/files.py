@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all."""
+"""Files that appear whole or not at all, and checks of where they can be written."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path beside `path` to write to; on success it takes the place of `path`, otherwise it is removed.
+    """Yield a temporary path beside `path` to write to; on success it replaces `path`, otherwise it is removed.
 
     A process killed at any moment leaves either the old file or the new one.
     """
@@ -25,7 +25,7 @@ def replacing(path):
 
 
 def check_writable(folder, field):
-    """UserError, naming the config's field, where files could not be made in a folder, which need not be there yet."""
+    """UserError, naming the config field or flag, unless files can be created in a folder, which need not exist yet."""
     folder = Path(folder)
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -34,7 +34,7 @@ def check_writable(folder, field):
 
 
 def check_output_file(path, flag):
-    """UserError where a script could not write the file at the path that the flag gives; None is no mistake."""
+    """UserError unless a file can be written at the path that --<flag> gives; None is allowed."""
     if path is None:
         return
     if Path(path).is_dir():
@@ -43,7 +43,7 @@ def check_output_file(path, flag):
 
 
 def read_json(path):
-    """A dict from a JSON file; {} where there is none."""
+    """The dict in a JSON file; {} if the file is missing or holds something else."""
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -52,8 +52,8 @@ def read_json(path):
 
 
 def sync_folder(path):
-    """Have the names in a folder on the disk, as os.fsync has the contents of a file."""
-    if os.name == "nt":  # folders cannot be flushed there
+    """Flush the names in a folder to disk, as os.fsync does with the contents of a file."""
+    if os.name == "nt":  # Windows cannot flush folders
         return
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -63,6 +63,6 @@ def sync_folder(path):
 
 
 def remove_leftovers(folder):
-    """Remove what processes that were killed while they wrote with `replacing` left in a folder."""
+    """Remove temporary files of `replacing` that killed processes left in a folder."""
     for path in Path(folder).glob(".*.tmp"):
         path.unlink(missing_ok=True)

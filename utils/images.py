@@ -1,4 +1,4 @@
-"""Tensors to pictures."""
+"""Conversion of tensors to image files."""
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ def save_png(image, path):
 
 
 def tile(images, columns):
-    """uint8 images [N, C, H, W] as one image [C, rows · H, columns · W]; missing places are white."""
+    """uint8 images [N, C, H, W] as one image [C, rows · H, columns · W]; empty cells are white."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
-    sheet = images.new_full((rows * columns, channels, height, width), 255)
-    sheet[:count] = images
-    sheet = sheet.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
-    return sheet.reshape(channels, rows * height, columns * width)
+    grid = images.new_full((rows * columns, channels, height, width), 255)
+    grid[:count] = images
+    grid = grid.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    return grid.reshape(channels, rows * height, columns * width)

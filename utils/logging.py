@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: metrics.jsonl, images/, and wandb if asked for."""
+"""Metrics and images of a run: metrics.jsonl, images/, and wandb if asked for."""
 
 import json
 import math
@@ -13,9 +13,10 @@ from utils.images import save_png
 
 
 class RunLog:
-    """The log of one run folder, written by the main process alone. `step` is the one the run continues from; later
-    lines are dropped, they will be written again (a run killed after its last checkpoint has logged steps that it is
-    going to repeat)."""
+    """The log of one run folder, written by the main rank alone.
+
+    step    step that the run continues from; later lines are dropped, because the run will write them again
+    """
 
     def __init__(self, folder, config, step=0):
         self.folder = Path(folder)
@@ -30,7 +31,7 @@ class RunLog:
         self.wandb = _start_wandb(config)
 
     def numbers(self, step, values):
-        """One line of metrics, step and floats, on the disk when this returns: no checkpoint is ahead of its lines."""
+        """Append a line of floats. It is on disk on return, so that no checkpoint is ahead of its lines."""
         if not self.writes:
             return
         self.lines.append({"step": step, **values})
@@ -40,11 +41,11 @@ class RunLog:
             self.wandb.log(values, step=step)
 
     def smallest(self, name):
-        """The smallest value of a metric so far; infinite where there is none (NaN is none)."""
+        """The smallest value of a metric so far, NaN ignored; infinity if there is none."""
         return min((line[name] for line in self.lines if not math.isnan(line.get(name, math.nan))), default=math.inf)
 
     def picture(self, step, name, image):
-        """One uint8 image [C, H, W], to images/<name>_<step>.png."""
+        """Write one uint8 image [C, H, W] to images/<name>_<step>.png."""
         if not self.writes:
             return
         path = self.folder / "images" / f"{name}_{step:07d}.png"
@@ -59,14 +60,14 @@ class RunLog:
 
 
 def _write(file, lines):
-    """Write lines, to be on the disk when this returns."""
+    """Write lines and flush them to disk."""
     file.writelines(json.dumps(line) + "\n" for line in lines)
     file.flush()
     os.fsync(file.fileno())
 
 
 def read_metrics(path):
-    """Lines of a metrics.jsonl as dicts; a last line cut short by a kill is left out."""
+    """Lines of a metrics.jsonl as dicts, [] if there is none; without a last line cut short by a kill."""
     path = Path(path)
     lines = path.read_text().splitlines() if path.exists() else []
     result = []
@@ -79,13 +80,13 @@ def read_metrics(path):
 
 
 def evaluated(folder, step):
-    """Whether the metrics of a run folder have the line that follows validation and pictures of a step; lines of
-    training have "seconds"."""
+    """True if the metrics of a run folder hold the line that ends the evaluation of a step. Only lines of training
+    have "seconds"."""
     return any(line["step"] == step and "seconds" not in line for line in read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def check_wandb(run):
-    """UserError if wandb is wanted online and nobody is logged in (wandb itself would wait for a key)."""
+    """UserError if run.wandb_mode is online and nobody is logged in; wandb itself would wait for a key."""
     if run.wandb_mode == "online":
         import wandb
         if not wandb.login(prompt=False, verify=False):
@@ -98,19 +99,18 @@ def _start_wandb(config):
     if run.wandb_mode == "disabled":
         return None
     check_wandb(run)
-    import wandb  # slow to import, and not needed by most runs
+    import wandb  # slow to import, and most runs do not use it
     return wandb.init(project=run.name, name=run.experiment, id=run.experiment.replace("/", "-"), resume="allow",
                       dir=run.wandb_dir, mode=run.wandb_mode, config=config.to_dict())
 
 
 def training_seconds(metrics):
-    """Seconds of training, without validation and pictures, that the lines of read_metrics tell of."""
+    """Seconds of training, without evaluation, up to the last of the lines of read_metrics."""
     return max((line["seconds"] for line in metrics if "seconds" in line), default=0.0)
 
 
 def seconds_per_step(metrics):
-    """Median over the intervals between log lines, which leaves out compilation, validation and pictures; nan where
-    there is no interval."""
+    """Median over the intervals between log lines, which ignores compilation and evaluation; NaN without intervals."""
     lines = [line for line in metrics if "seconds" in line]
     return statistics.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in
                               zip(lines, lines[1:], strict=False) if b["seconds"] > a["seconds"]] or [math.nan])

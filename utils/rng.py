@@ -1,6 +1,6 @@
-"""Randomness as a pure function of what it is for: (seed, purpose, global sample index), or (seed, purpose, step).
+"""Random draws as a pure function of their purpose: (seed, purpose, global sample index) or (seed, purpose, step).
 
-A sample draws the same numbers whatever its process, how a step is divided, or where the run was interrupted.
+A sample draws the same numbers on every rank, for every split of a step, and after every interruption.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ def sample_generators(device, indices, *keys):
 
 
 def draw_seed(generator, device=None):
-    """The seed of a second stream, by one draw from the first: int64, a scalar or [B] for a list of B generators."""
+    """Seed of a second stream, drawn from the first: int64, a scalar, or [B] for a list of B generators."""
     if isinstance(generator, (list, tuple)):
         return torch.stack([draw_seed(one, device) for one in generator])
     return torch.randint(2**63 - 1, (), generator=generator, device=device)
 
 
 def seeded(seed):
-    """The stream of draw_seed: a new generator, or a list of B. A GPU is waited for, as generators are the host's."""
+    """The stream of draw_seed: a new generator, or a list of B. Waits for a GPU, because the host seeds generators."""
     if seed.dim():
         return [torch.Generator(seed.device).manual_seed(one) for one in seed.tolist()]
     return torch.Generator(seed.device).manual_seed(seed.item())
@@ -47,10 +47,10 @@ def _draw(make, shape, generator, device):
 
 
 def rand(shape, generator=None, device=None):
-    """Uniform [0, 1) float32 of `shape` [B, ...]; a list of B generators draws every sample from its own."""
+    """Uniform [0, 1) float32 of `shape` [B, ...]; with a list of B generators, each sample draws from its own."""
     return _draw(torch.rand, shape, generator, device)
 
 
 def randn(shape, generator=None, device=None):
-    """Standard normal float32 of `shape` [B, ...]; a list of B generators draws every sample from its own."""
+    """Standard normal float32 of `shape` [B, ...]; with a list of B generators, each sample draws from its own."""
     return _draw(torch.randn, shape, generator, device)

@@ -1,4 +1,4 @@
-"""Being asked to stop while training: SIGTERM and SIGUSR1 (a scheduler), SIGINT (Ctrl-C)."""
+"""Graceful shutdown on SIGTERM, SIGUSR1 and SIGINT."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved its state; `code` is the exit code."""
+    """A signal stopped the run after it saved its state; `code` is the exit code."""
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -19,13 +19,13 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """`with StopRequest() as request:` keeps the first signal that arrives in request.signal (None until then), so
-    that a step can be finished and saved. A Ctrl-C after that ends the process at once."""
+    """`with StopRequest() as request:` keeps the first signal in request.signal (None until then), so that the current
+    step can be finished and saved. A further Ctrl-C ends the process at once."""
 
     signal = None
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -33,24 +33,24 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self):
-        """The signal that has arrived in any of the processes, in all of them alike; None where none has."""
+        """The signal that any rank has received, the same on all ranks; None if there is none. Collective."""
         number = distributed.largest(self.signal or 0)
         return signal.Signals(number) if number else None
 
-    def _note(self, number, _):
+    def _handle(self, number, _):
         if self.signal is None:
             self.signal = signal.Signals(number)
-            _say(f"{self.signal.name}: finishing the step and saving; Ctrl-C now would end it at once")
+            _say(f"{self.signal.name}: finishing the step and saving; Ctrl-C ends the run at once")
         elif number == signal.SIGINT:
             _say("interrupted; the steps since the last checkpoint are lost")
             os._exit(INTERRUPTED)
 
 
 def exit_code(stop):
-    """Exit code of a process that stops because of a signal."""
+    """Exit code of a process that a signal stopped."""
     return INTERRUPTED if stop == signal.SIGINT else REQUEUE
 
 
 def _say(text):
-    """Print a line from within a signal handler, where the streams of Python may not be used."""
+    """Print a line from a signal handler, which must not use Python's buffered streams."""
     os.write(2, f"\n{text}\n".encode())

@@ -23,7 +23,6 @@ from models.build import build_decoder, build_encoder
 from models.interpolation import knn_to_grid, nearest_pixels
 from models.sparse_conv import BACKENDS, available_backends, sparse_conv
 from utils import rng
-from utils.adamw import AdamW
 from utils.device import autocast, resolve_dtype
 
 DENSITIES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -88,8 +87,8 @@ class Step:
         self.encoder, self.decoder = self.modules["encoder"], self.modules["decoder"]
         if reference:
             self.encoder, self.decoder = ReferenceEncoder(self.encoder), ReferenceDecoder(self.decoder)
-        self.optimizer = (torch.optim.AdamW(self.parameters, lr=1e-4, foreach=False) if reference
-                          else AdamW(self.parameters, lr=1e-4))
+        options = {"foreach": False} if reference else {"fused": True}
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, **options)
         self.diffusion = build_diffusion(cfg)
         self.step = 0
 
@@ -112,12 +111,7 @@ class Step:
         return terms["loss"].mean()
 
     def update(self):
-        if self.reference:
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        else:
-            gradients = [weight.grad for weight in self.optimizer.take_gradients()]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            self.optimizer.grad_scale, self.optimizer.found_inf = norm.clamp(min=1), torch.zeros_like(norm)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -89,10 +89,10 @@ def test_leaves_the_number_of_threads_alone():
 def test_freed_memory_is_kept_for_the_next_step():
     check_elsewhere(
         "import torch\n"
-        "from utils.device import keep_freed_memory\n"
+        "from utils.device import resolve_device\n"
         "def resident():\n"
         "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
-        "keep_freed_memory()\n"
+        "resolve_device('cpu')\n"
         "before = resident()\n"
         "for _ in range(3):\n"
         "    torch.ones(10_000_000)\n"

@@ -88,10 +88,9 @@ def bad_steps(folder):
 
     torch.manual_seed(0)
     modules = torch.nn.ModuleDict({"net": torch.nn.Linear(3, 1)})
-    trainer = Trainer(config, "autoencoder", modules, loss, lambda _: itertools.repeat(torch.eye(3)), lambda _: {},
-                      lambda _, tick: {}, 0, torch.device("cpu"))
-    trainer.train()
-    return trainer.update.nonfinite, trainer.modules.state_dict()
+    trainer = Trainer(config, "autoencoder", modules, loss, torch.device("cpu"))
+    trainer.train(lambda _: itertools.repeat(torch.eye(3)), lambda _: {}, lambda _, tick: {}, plot_steps=0)
+    return trainer.optimiser.nonfinite, trainer.modules.state_dict()
 
 
 def works(folder):
@@ -129,14 +128,14 @@ def is_stopped_before_evaluation(*command):
 
 
 def is_stopped_in_pictures(*command):
-    """Run a training script; while it makes pictures the main process alone is told to stop."""
-    pictures = Trainer._pictures
+    """Run a training script; while it samples images the main process alone is told to stop."""
+    tick = Trainer._tick
 
-    def interrupted(*arguments):
+    def interrupted(trainer):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return pictures(*arguments)
+        return tick(trainer)
 
-    Trainer._pictures = interrupted
+    Trainer._tick = interrupted
     run_as_script(command)
 
 

@@ -1,15 +1,12 @@
-"""Checkpoints: what is saved comes back; a killed or failed writer leaves the old file; nothing in a file is run."""
+"""Checkpoint files: what is saved comes back; a failed writer leaves the old file; nothing in a file is executed."""
 
 import hashlib
 import os
 import pickle
 import platform
 import random
-import signal
 import stat
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -38,7 +35,7 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-def test_it_tells_where_it_was_made(tmp_path):
+def test_it_records_where_it_was_made(tmp_path):
     save_checkpoint(tmp_path / "c.pt", {"kind": "latent"})
     made = load_checkpoint(tmp_path / "c.pt")["environment"]
     assert made["python"] == platform.python_version() and torch.__version__.startswith(made["packages"]["torch"])
@@ -67,7 +64,7 @@ def seal(path):
 
 @pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
-def test_broken_file_is_one_line(tmp_path, content, sealed):
+def test_a_broken_file_is_reported_in_one_line(tmp_path, content, sealed):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
     if sealed:
@@ -140,13 +137,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="c.pt could not be written .No space left on device.; what was saved before is"):
+    with pytest.raises(OSError, match="c.pt could not be written .No space left on device.; the files saved"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+def test_a_file_is_flushed_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
     path, calls, fsync, replace = tmp_path / "c.pt", [], os.fsync, os.replace
     save_checkpoint(path, {"step": 1})
 
@@ -169,7 +166,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_
 def test_a_disk_that_is_full_in_the_middle_of_a_file_is_named(tmp_path, monkeypatch, room):
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"step": 1})
-    write, written = checkpoint._Hashed.write, [0]
+    write, written = checkpoint._HashedFile.write, [0]
 
     def limited(file, data):
         written[0] += len(data)
@@ -177,7 +174,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_is_named(tmp_path, monkeypa
             file.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         return write(file, data)
 
-    monkeypatch.setattr(checkpoint._Hashed, "write", limited)
+    monkeypatch.setattr(checkpoint._HashedFile, "write", limited)
     with pytest.raises(OSError, match="No space left on device"):
         save_checkpoint(path, {"step": 2, "w": torch.randn(100_000), "v": torch.randn(100_000)})
     assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["c.pt"]
@@ -187,27 +184,6 @@ def test_a_folder_that_is_not_one_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(OSError, match="c.pt could not be written"):
         save_checkpoint(tmp_path / "run" / "c.pt", {"step": 1})
-
-
-def test_a_killed_writer_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "c.pt"
-    code = textwrap.dedent(f"""
-        import torch
-        from utils.checkpoint import save_checkpoint
-        step = 0
-        while True:
-            step += 1
-            save_checkpoint({str(path)!r}, {{"step": step, "w": torch.full((200_000,), float(step))}})
-            print(step, flush=True)
-    """)
-    for lines in (1, 3):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        for _ in range(lines):
-            writer.stdout.readline()
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        loaded = load_checkpoint(path)
-        assert (loaded["w"] == loaded["step"]).all() and loaded["step"] >= lines
 
 
 def test_weights_that_differ_are_named_with_both_shapes(tmp_path):

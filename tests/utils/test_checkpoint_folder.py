@@ -1,5 +1,4 @@
-"""The checkpoints of a run: which are kept, which is loaded; a kill at any instant leaves one; they are written while
-training goes on."""
+"""The checkpoints of a run: which are kept and loaded; a kill at any instant leaves one; a thread writes them."""
 
 import logging
 import os
@@ -11,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from utils import checkpoint as checkpoint_folder
+from utils import checkpoint
 from utils.checkpoint import CheckpointFolder, load_checkpoint, load_newest
 from utils.errors import UserError
 
@@ -98,13 +97,13 @@ def test_another_kind_is_a_mistake_not_damage(tmp_path):
 @pytest.fixture
 def slow(monkeypatch):
     """Writes that wait for slow.set()."""
-    gate, original = threading.Event(), checkpoint_folder.save_checkpoint
+    gate, original = threading.Event(), checkpoint.save_checkpoint
 
     def save_checkpoint(*arguments):
         assert gate.wait(60)
         original(*arguments)
 
-    monkeypatch.setattr(checkpoint_folder, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
     return gate
 
 
@@ -148,6 +147,7 @@ def run(code, *arguments):
                           capture_output=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_a_process_does_not_end_before_the_write_is_done(tmp_path):
     result = run("""
         import sys, time, torch
@@ -188,7 +188,7 @@ KILL = """
 
         for name in ("open", "fsync", "replace", "unlink", "close"):
             setattr(os, name, counted(getattr(os, name)))
-        write = checkpoint._Hashed.write
+        write = checkpoint._HashedFile.write
 
         def write_half(file, data):
             left[0] -= 1
@@ -198,7 +198,7 @@ KILL = """
                 os._exit(9)
             return write(file, data)
 
-        checkpoint._Hashed.write = write_half
+        checkpoint._HashedFile.write = write_half
         checkpoints = CheckpointFolder(folder, "checkpoint.pt", keep)
         if checkpoints.exists():
             checkpoints.load("x")
@@ -236,6 +236,7 @@ KILL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 3])
 def test_a_writer_killed_at_every_stage_of_a_save_leaves_the_newest_state(tmp_path, keep):
     result = run(KILL, tmp_path, keep)

@@ -1,4 +1,4 @@
-"""Several processes: they divide the work and change nothing else; and how they end when one of them fails."""
+"""Several ranks: they divide the work and change nothing else; how they end when one of them fails."""
 
 import numpy as np
 import pytest
@@ -41,6 +41,7 @@ def works(tmp_path_factory):
     return *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)), shared_work(folder / "alone")
 
 
+@pytest.mark.slow
 def test_helpers(works):
     (first, _), (second, _), _ = works
     assert (first["rank"], second["rank"], first["world"], second["world"]) == (0, 1, 2, 2)
@@ -56,6 +57,7 @@ def test_helpers(works):
         assert torch.equal(results["of one alone"], torch.ones(2, 3))
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_in_one_process_is_left_out_in_all(works):
     (first, _), (second, _), _ = works
     (count, weights), (other_count, others) = first["bad steps"], second["bad steps"]
@@ -63,6 +65,7 @@ def test_what_is_not_finite_in_one_process_is_left_out_in_all(works):
     assert all(torch.equal(value, others[name]) and value.isfinite().all() for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_each_process_loads_its_part_of_every_batch(works):
     (_, first), (_, second), alone = works
     assert first["positions"] == [range(40, 42), range(42, 44), range(48, 50), range(50, 52)]
@@ -72,6 +75,7 @@ def test_each_process_loads_its_part_of_every_batch(works):
             assert len(a) == len(b) == 2 and torch.equal(torch.cat([a, b]), whole)
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_results_of_all(works):
     (_, first), (_, second), alone = works
     assert sorted(first["made"] + second["made"]) == alone["made"] == [*range(7)]
@@ -98,7 +102,7 @@ def runs(tmp_path_factory):
     both = ["--config", write_config_file(latent, folder / "latent.py"), "--decoder_config", single[1]]
     result = torchrun(WORKER, "is_stopped", folder, STAGE_1, *single, "--config.run.experiment=two")
     assert result.err.count(f"stopped by SIGUSR1 after step 6, saved in {folder}/two/checkpoint.pt; the same "
-                            "command goes on\n") >= 1 and "exitcode  : 75" in result.err, result.err
+                            "command continues\n") >= 1 and "exitcode  : 75" in result.err, result.err
     succeed(run_script(STAGE_1, *single, "--config.train.accumulation_steps=2"))
     return folder, single, both
 
@@ -119,6 +123,7 @@ def check_close(run, other, filename="checkpoint.pt"):
     assert torch.equal(counts, other["state"]["timesteps"]["counts"]) and counts.sum() == 8 * run["step"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one_to_where_one_would_have_been(runs):
     """Two processes are two parts of a step, as are two accumulated batches: even dropout is the same."""
     folder, single, _ = runs
@@ -131,6 +136,7 @@ def test_a_run_of_two_processes_goes_on_in_one_to_where_one_would_have_been(runs
     assert all(name.startswith(("encoder.", "decoder.")) for name in names)
 
 
+@pytest.mark.slow
 def test_a_signal_comes_before_an_evaluation_and_ends_pictures_which_the_next_start_makes(runs):
     folder, single, _ = runs
     command = [STAGE_1, *single, "--config.run.experiment=pictures", "--config.train.plot_samples_steps=2"]
@@ -144,6 +150,7 @@ def test_a_signal_comes_before_an_evaluation_and_ends_pictures_which_the_next_st
         "reconstructions_0000002.png", "samples_0000002.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "filename"), [(STAGE_1, "checkpoint.pt"), (STAGE_2, "latent_checkpoint.pt")])
 def test_accumulated_steps_equal_whole_ones_without_dropout(runs, stage, filename):
     folder, single, both = runs
@@ -154,6 +161,7 @@ def test_accumulated_steps_equal_whole_ones_without_dropout(runs, stage, filenam
     check_close(folder / f"{stage}_whole", folder / f"{stage}_parts", filename)
 
 
+@pytest.mark.slow
 def test_stage_2_and_its_latents_in_two_processes_that_accumulate_and_then_in_one(runs):
     folder, _, both = runs
     succeed(run_script(STAGE_2, *both, "--config.train.accumulation_steps=4"))
@@ -167,6 +175,7 @@ def test_stage_2_and_its_latents_in_two_processes_that_accumulate_and_then_in_on
     assert torch.equal(ours["train"], theirs["train"]) and torch.equal(ours["heldout"], theirs["heldout"])
 
 
+@pytest.mark.slow
 def test_image_i_does_not_depend_on_the_number_of_processes(runs, tmp_path):
     """Nor does it matter if another number of them goes on with a folder."""
     _, _, both = runs
@@ -195,9 +204,10 @@ def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, proce
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, line", [
     ("fails", "error: data.root_dir='x' is wrong (process 1 of 2)"),
-    ("hangs", "error: waited 0.025 minutes for the other processes; one of them hangs, or the network between them is "
+    ("hangs", "error: waited 0.025 minutes for the other ranks; one of them hangs, or the network between them is "
               "broken (process 0 of 2)"),
 ])
 def test_a_process_that_fails_stops_all_with_its_line_alone(tmp_path, case, line):
@@ -207,14 +217,16 @@ def test_a_process_that_fails_stops_all_with_its_line_alone(tmp_path, case, line
     assert line in report  # torchrun repeats it at the end
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_stops_all(tmp_path):
     result = torchrun(WORKER, "is_killed", tmp_path)
     lines, report = own_lines(result)
     assert result.code == 1 and "SIGKILL" in report
-    assert all(line.startswith("error: lost the connection to another process; it was killed")
+    assert all(line.startswith("error: lost the connection to another rank; it was killed")
                for line in lines)  # none where torchrun was faster
 
 
+@pytest.mark.slow
 def test_a_bug_shows_one_traceback(tmp_path):
     result = torchrun(WORKER, "has_a_bug", tmp_path)
     lines, report = own_lines(result)
