@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from data.coordinates import Coordinates
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.loader import all_batches, training_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.sampling import decode, encode
@@ -102,6 +102,7 @@ def main():
     modules = build_modules(cfg)
     train_set, heldout = build_dataset(cfg, train=True), build_dataset(cfg, train=False)
     config.check_batch_fits(cfg, len(train_set), "images")
+    log_images(train_set, heldout)
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
     plot_steps = min(PLOT_STEPS, cfg.diffusion.steps)
 

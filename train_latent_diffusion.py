@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.latents import latents_key, load_latents
 from data.loader import training_item, training_positions
 from diffusion.gaussian_diffusion import build_diffusion
@@ -102,6 +102,7 @@ def main():
     count, both = len(datasets[0]), datasets[0].flips
     config.check_batch_fits(cfg, 2 * count if both else count,
                             "latents, of images and their mirror images," if both else "latents")
+    log_images(*datasets)
     key = latents_key(encoder, dtype, *datasets)
 
     trainer = Trainer(

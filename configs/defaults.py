@@ -32,6 +32,8 @@ def autoencoder_config(img_size):
     data.num_heldout_functions = 512  # held-out set: the next functions
     data.img_size = img_size
     data.channels = 3
+    data.background = "white"  # colour under transparent pixels
+    data.white_level = 0.0  # white in grey images of more than 8 bits; 0: as the files declare
     data.fid_samples = 50_000
     data.num_workers = 8
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.datasets.functions import Functions
 from data.datasets.prepared import write_prepared
 from utils import cli, config
@@ -34,6 +34,7 @@ def main():
     if cfg.data.name == Functions.name:
         raise UserError("data.name='function' is evaluated at any resolution, not read; there is nothing to prepare")
     train_set, held_out_set = (build_dataset(cfg, train, SIZE.value) for train in (True, False))
+    log_images(train_set, held_out_set)
     record = write_prepared(train_set, held_out_set, OUTPUT.value, WORKERS.value)
     train, held_out = record["parts"]["train"], record["parts"]["held_out"]
     skipped = sum(part["seen"] - part["stored"] for part in (train, held_out))

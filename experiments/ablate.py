@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from configs import ablations
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from experiments.lib.ablation_runs import (
     FirstImages,
     check_runs,
@@ -81,6 +81,7 @@ def main():
     heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
     check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value)
     check_settings(output / "settings.json", base)
+    log_images(build_dataset(base, train=True), heldout.dataset)
 
     failed = []
     for number, variant in enumerate(variants, 1):

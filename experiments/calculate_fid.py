@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs.defaults import autoencoder_config
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images, reading
 from experiments.lib.image_folders import SampleFolder
 from experiments.lib.sampling import define_sampling_flags, make_samples
 from experiments.metrics import fid as protocol
@@ -61,13 +61,14 @@ def main():
     check_flags()
     latent, autoencoder = read_configs()
     run, data = (latent or autoencoder).run, autoencoder.data
-    given = SampleFolder(SAMPLES.value, NUM_SAMPLES.value) if SAMPLES.value else None
+    given = SampleFolder(SAMPLES.value, NUM_SAMPLES.value, **reading(data)) if SAMPLES.value else None
     model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value)
     crop_size = CROP_SIZE.value or model.size
     size = given.size if given else config.parse_image_size(OPTIONS.size.value, data.img_size)
     count = len(given) if given else NUM_SAMPLES.value or (latent or autoencoder).data.fid_samples
     real = real_images(data, size)
     check_images(count, size, real, crop_size)
+    log_images(*([given] if given else []), *real)
     samples = given or SampleFolder(make_samples(latent, autoencoder, OPTIONS, count).path, count)
 
     found = compare(samples, real, model, Path(run.output_dir) / "statistics", CROPS.value, crop_size, NEIGHBOURS.value,

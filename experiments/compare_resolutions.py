@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.nn.functional as F
 from absl import flags
 
+from data.datasets import log_images
 from experiments.lib.image_folders import SampleFolder
 from experiments.metrics.images import psnr
 from utils import cli
@@ -67,6 +68,7 @@ def read_folder(flag, folder):
     if not folder or len(list(Path(folder).glob("*.png"))) < 2:
         raise UserError(f"--{flag}={folder} must be a folder with two images or more, from generate_samples.py")
     samples = SampleFolder(folder)
+    log_images(samples)
     return {path.name: index for index, path in enumerate(samples.files) if path.parent == samples.folder}, samples
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.loader import all_batches
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib.image_folders import ImageFolder
@@ -28,6 +28,7 @@ def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
     mollifier = build_diffusion(cfg).mollifier
     dataset = build_dataset(cfg, train=False)
+    log_images(dataset)
     images = torch.cat([batch for batch, _ in all_batches(dataset, BATCH_SIZE)])
     folder = ImageFolder(OUTPUT.value, len(images), {
         "what": "mollified noise with the mean and variance of held-out images", "seed": cfg.run.seed,

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 from torch.utils.data import Subset
 
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.loader import all_batches
 from experiments.lib.common_flags import inv_snr_flag, max_points_flag, sampler_flag, size_flag, steps_flag
 from experiments.lib.image_folders import ImageFolder
@@ -42,6 +42,7 @@ def main():
     autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
     autoencoder.check_size(size)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")
+    log_images(dataset)
 
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{size[0]}x{size[1]}")
     total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))
@@ -51,7 +52,7 @@ def main():
         **origin, "size": list(size), "seed": cfg.run.seed, "sampler": SAMPLER.value, "steps": STEPS.value,
         "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output)
 
-    for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, STEPS.value):
+    for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, STEPS.value, [originals]):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))
         generators = autoencoder.generators(indices, "reconstruction")
         originals.save(indices, images)

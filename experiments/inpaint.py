@@ -69,7 +69,7 @@ def main():
     folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
-    for indices, progress in folders["results"].missing_batches(batch_size, STEPS.value):
+    for indices, progress in folders["results"].missing_batches(batch_size, STEPS.value, folders.values()):
         truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
         constraint = Constraint(KnownPixels(mask), mask * truth, autoencoder.diffusion.mollifier)
         z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)
@@ -78,7 +78,7 @@ def main():
                                       "generated": generated, "results": constraint.enforce(generated)})
 
     scores = score(folders, known)
-    write_scores(output, scores, settings)
+    write_scores(output, scores, settings, cfg)
     write_grid(output, folders)
     print(f"{total} images: PSNR {scores['psnr_known']:.2f} dB on known pixels before they are restored, "
           f"{scores['psnr_unknown']:.2f} dB on unknown ones (mean colour instead: "

@@ -17,7 +17,7 @@ import torch
 from absl import flags
 from tqdm import tqdm
 
-from data.datasets import build_dataset
+from data.datasets import build_dataset, log_images
 from data.images import read_image
 from data.loader import to_float
 from experiments.lib.applications import (
@@ -68,6 +68,7 @@ def main():
     if pairs == 0:
         raise UserError("a path needs two images, and there is only one; give more")
     train_set = build_dataset(cfg, train=True)
+    log_images(train_set)
     autoencoder.check_size(size)
     draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 
@@ -107,7 +108,7 @@ def main():
     scores = {"explained_variance": principal.share.tolist()}
     if not samples:
         scores |= score_ends(folders["frames"], images[:2 * pairs], autoencoder.diffusion.mollifier)
-    write_scores(output, {"pairs": pairs, **scores}, settings)
+    write_scores(output, {"pairs": pairs, **scores}, settings, cfg)
     originals = () if samples else (("from", list(images[::2][:pairs])), ("to", list(images[1::2])))
     show(folders["frames"], [f"{share:.2f}" for share in torch.linspace(0, 1, FRAMES.value)], pairs, *originals)
     if "directions" in folders:

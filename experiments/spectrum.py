@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
+from data.datasets import log_images
 from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib.image_folders import SampleFolder, heldout_images
@@ -43,7 +44,9 @@ def main():
     check_writable(output, f"--output={output}")
     mollifier = build_diffusion(cfg).mollifier
     band = last_wavenumber(mollifier)
-    rows = [compare(SampleFolder(name), cfg, mollifier, band) for name in SAMPLES.value]
+    folders = [SampleFolder(name) for name in SAMPLES.value]
+    log_images(*folders)
+    rows = [compare(folder, cfg, mollifier, band) for folder in folders]
 
     with replacing(output / "spectrum.json") as temporary:
         temporary.write_text(json.dumps({"wavenumbers": [1, band], "sizes": rows}) + "\n", encoding="utf-8")

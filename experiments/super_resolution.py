@@ -72,7 +72,8 @@ def main():
 
     operator = Downsampling(size, input_size, autoencoder.device)
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
-    for indices, progress in folders[names[-1]].missing_batches(batch_size, STEPS.value * len(weights)):
+    for indices, progress in folders[names[-1]].missing_batches(batch_size, STEPS.value * len(weights),
+                                                                 folders.values()):
         inputs = to_float(small[indices]).to(autoencoder.device)
         constraint = Constraint(operator, inputs, autoencoder.diffusion.mollifier)
         images = {"inputs": inputs, **interpolations(small[indices], size, constraint)}
@@ -85,7 +86,7 @@ def main():
         save_batch(folders, indices, images)
 
     scores = score(folders)
-    write_scores(output, {"count": total, "methods": scores}, settings)
+    write_scores(output, {"count": total, "methods": scores}, settings, cfg)
     write_grid(output, folders)
     for name, row in scores.items():
         print(f"{name:14}" + " · ".join(f"{score} {value:.3f}" for score, value in row.items()))

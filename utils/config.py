@@ -23,7 +23,7 @@ from utils.files import replacing
 # Smallest allowed value of every number.
 AT_LEAST = {
     "run.seed": 0,
-    "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0,
+    "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0, "data.white_level": 0.0,
     "data.num_functions": 1, "data.num_heldout_functions": 1,
     "train.batch_size": 1, "train.accumulation_steps": 1, "train.sample_size": 1, "train.max_steps": 1,
     "train.plot_graph_steps": 1, "train.plot_samples_steps": 0, "train.validate_steps": 1, "train.checkpoint_steps": 1,

@@ -1,11 +1,16 @@
 """The registry of data sets."""
 
+import logging
+
+from PIL import ImageColor
+
 from data.datasets.folder import FFHQ, CelebA, Folder
 from data.datasets.functions import Functions
 from data.datasets.lmdb import is_lmdb
 from data.datasets.lsun import Churches
 from data.datasets.photos import Photos
 from data.datasets.prepared import Prepared
+from utils import distributed
 from utils.errors import UserError
 
 DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches, Functions)}
@@ -27,4 +32,25 @@ def build_dataset(config, train, img_size=None):
         return Functions(data.function, (data.num_functions, data.num_heldout_functions), train, size, data.channels)
     if is_lmdb(data.root_dir):
         return Prepared(data.root_dir, train, size, data.channels, data.name)
-    return DATASETS[data.name](data.root_dir, train, size, data.channels)
+    dataset = DATASETS[data.name](data.root_dir, train, size, data.channels)
+    dataset.reading = reading(data)
+    return dataset
+
+
+def reading(data):
+    """Section data of a config as arguments of data.images.read_image."""
+    try:
+        ImageColor.getrgb(data.background)
+    except ValueError as error:
+        raise UserError(f"data.background={data.background!r} is not a colour; use a name or a code such as white, "
+                        "#808080 or rgb(0, 0, 0)") from error
+    return {"background": data.background, "white_level": data.white_level}
+
+
+def log_images(*sources):
+    """Log how many images are used from where, and what is left out; for the start of every script.
+
+    sources   each an ImageDataset, or anything with describe() and notes()
+    """
+    for source in sources if distributed.is_main() else ():
+        logging.info("\n  ".join([source.describe(), *source.notes()]))

@@ -5,7 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
-from data.images import UNREADABLE, image_size, load_image
+from data.images import UNREADABLE, WHITE, load_image, read_header
 from utils.errors import UserError
 
 
@@ -27,6 +27,7 @@ class ImageDataset:
     name = None  # in the registry
     flips = True  # training also shows mirror images
     sampled = 256  # images whose contents enter a fingerprint
+    reading = {}  # arguments of data.images.read_image, set by build_dataset
     in_memory = False  # items are cached on first use, so worker processes would only repeat the work
 
     def __init__(self, root, train, size, channels):
@@ -50,11 +51,13 @@ class ImageDataset:
                 raise
             except UNREADABLE as error:
                 self._note_unreadable(item, error)
-        raise UserError(f"data.root_dir='{self.root}': no image of {self.name} could be read; check the files")
+        part = "training" if self.train else "held-out"
+        raise UserError(f"data.root_dir='{self.root}': none of the {part} images ({len(self)} of {self.name}) can be "
+                        f"read, for example {self.label(index)}; check the files")
 
     def read(self, index):
         """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE if it cannot be read."""
-        return load_image(self._open(self.keys[index]), self.size, self.channels)
+        return load_image(self._open(self.keys[index]), self.size, self.channels, **self.reading)
 
     def exact(self, index):
         """Image `index` as the model sees it: uint8 or, if 8 bits would lose precision, float32 in [−1, 1]."""
@@ -62,13 +65,29 @@ class ImageDataset:
 
     def source_size(self, index):
         """(H, W) of image `index` in its file, before cropping and resizing."""
-        return image_size(self._open(self.keys[index]))
+        return read_header(self._open(self.keys[index]))[0]
 
     def describe(self):
-        """One line for logs."""
+        """One line: how many images, of what, from where."""
         part = "training" if self.train else "held-out"
         height, width = self.size
         return f"{self.name}: {len(self)} {part} images of {height}x{width}, {self.channels} channels, {self.root}"
+
+    def notes(self):
+        """Lines about images that are left out or altered, from the headers of at most `sampled` of them."""
+        looked, small, transparent = spread(len(self), self.sampled), 0, 0
+        for index in looked:
+            try:
+                (height, width), has_transparency = read_header(self._open(self.keys[index]))
+            except UNREADABLE:
+                continue
+            small += height < self.size[0] or width < self.size[1]
+            transparent += has_transparency
+        if small:
+            yield f"{small} of {len(looked)} examined images are smaller than {self.size[0]}x{self.size[1]}: enlarged"
+        if transparent:
+            yield (f"{transparent} of {len(looked)} examined images have an alpha channel: composited on "
+                   f"{self.reading.get('background', WHITE)} (data.background)")
 
     def fingerprint(self):
         """32 hex digits that identify the images: the same files elsewhere have the same fingerprint.
@@ -78,7 +97,7 @@ class ImageDataset:
         """
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
-            for fact in (self.name, self.train, self.size, self.channels, self.keys, *self._version()):
+            for fact in (self.name, self.train, self.size, self.channels, self.reading, self.keys, *self._version()):
                 digest.update(repr(fact).encode() + b"\n")
             for index in spread(len(self), self.sampled):
                 digest.update(hashlib.blake2b(self._content(index)).digest())

@@ -4,14 +4,15 @@ import json
 import os
 
 from data.datasets.base import ImageDataset, split_tail
-from data.images import SUFFIXES, list_images
+from data.images import SUFFIXES, in_words, list_images
 from utils.errors import UserError
 
 
 class Folder(ImageDataset):
     """All images below `root`, of any sizes; the last 5 % by relative path are held out.
 
-    Subclasses state what differs: the folder, the file names, the split. Raises UserError if there are no images.
+    Subclasses state what differs: the folder, the file names, the split. If the root holds the images at several sizes,
+    the smallest folder of at least the size asked for is read. Raises UserError if there are no images.
     """
 
     name = "folder"
@@ -24,20 +25,38 @@ class Folder(ImageDataset):
             raise UserError(f"data.root_dir='{root}' is not a folder; set it to the folder of the images "
                             "(see README, Datasets)")
         self.folder = self._image_folder()
-        paths = list_images(self.folder, self.suffixes)
+        paths, self._left_out = list_images(self.folder, self.suffixes)
         if not paths:
+            left_out = f", and {in_words(self._left_out)} are left out" if self._left_out else ""
             raise UserError(f"data.root_dir='{self.folder}' has no images; expected files like {self.example} "
-                            "(see README, Datasets)")
+                            f"({' '.join(self.suffixes)}; see README, Datasets){left_out}")
         self.keys = self._split(paths)
         if not self.keys:
             raise UserError(f"data.root_dir='{root}' has one image; at least 2 are needed, one to train on and one "
                             "held out")
 
     def _image_folder(self):
-        return self.root
+        by_size = self._folders_by_size()
+        if not by_size:
+            return self.root
+        large_enough = [size for size in by_size if size >= max(self.size)]
+        if not large_enough:
+            raise UserError(f"data.img_size={max(self.size)} is more than the {max(by_size)} that data.root_dir="
+                            f"'{self.root}' holds; add a folder of larger images or lower data.img_size")
+        return os.path.join(self.root, by_size[min(large_enough)])
+
+    def _folders_by_size(self):
+        """{size in pixels: name of the folder in the root that holds the images at that size}."""
+        return {}
 
     def _split(self, paths):
         return split_tail(paths, self.train)
+
+    def notes(self):
+        """Lines about images that are left out or altered."""
+        if self._left_out:
+            yield f"left out: {in_words(self._left_out)}"
+        yield from super().notes()
 
     def _open(self, key):
         return os.path.join(self.folder, key)
@@ -48,32 +67,31 @@ class Folder(ImageDataset):
 
 
 class FFHQ(Folder):
-    """70,000 faces as PNG files, flat or in folders of a thousand (00000/00000.png). Other files are ignored."""
+    """70,000 faces as PNG files, flat or in folders of a thousand (00000/00000.png). Other files are ignored.
+
+    The root is the folder of the files, or the whole download, with images1024x1024 or thumbnails128x128 in it.
+    """
 
     name = "ffhq"
     suffixes = (".png",)
     example = "00000/00000.png"
 
+    def _folders_by_size(self):
+        folders = {128: "thumbnails128x128", 1024: "images1024x1024"}
+        return {size: name for size, name in folders.items() if os.path.isdir(os.path.join(self.root, name))}
+
 
 class CelebA(Folder):
     """CelebA-HQ: faces in `<root>/<size>/`, for one or more sizes, or in the root itself.
 
-    The smallest folder of at least the size asked for is read. The split is that of `<root>/split.json`,
-    {"train": [file names], "val": [file names]}, if there is one.
+    The split is that of `<root>/split.json`, {"train": [file names], "val": [file names]}, if there is one.
     """
 
     name = "celeba"
 
-    def _image_folder(self):
-        sizes = sorted(int(name) for name in os.listdir(self.root)
-                       if name.isdecimal() and name[0] != "0" and os.path.isdir(os.path.join(self.root, name)))
-        if not sizes:
-            return self.root
-        large_enough = [size for size in sizes if size >= max(self.size)]
-        if not large_enough:
-            raise UserError(f"data.img_size={max(self.size)} is more than the {sizes[-1]} that data.root_dir="
-                            f"'{self.root}' holds; add the folder {max(self.size)}/ or lower data.img_size")
-        return os.path.join(self.root, str(large_enough[0]))
+    def _folders_by_size(self):
+        return {int(name): name for name in os.listdir(self.root)
+                if name.isdecimal() and name[0] != "0" and os.path.isdir(os.path.join(self.root, name))}
 
     def _split(self, paths):
         file = os.path.join(self.root, "split.json")

@@ -54,6 +54,10 @@ class Functions(ImageDataset):
         """(H, W) of the items: functions have no resolution of their own."""
         return self.size
 
+    def notes(self):
+        """Nothing: functions are neither left out nor altered."""
+        return ()
+
     def label(self, index):
         """Name of function `index` in messages."""
         return f"function {self.keys[index]}"

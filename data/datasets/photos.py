@@ -61,6 +61,10 @@ class Photos(ImageDataset):
         """(H, W) of window `index` in pixels of its photograph."""
         return (self.keys[index][3],) * 2
 
+    def notes(self):
+        """Nothing: windows are never enlarged."""
+        return ()
+
     def label(self, index):
         """Name of image `index` in messages."""
         return "window {1},{2} (side {3}) of {0}".format(*self.keys[index])

@@ -92,8 +92,10 @@ def write_prepared(train_set, held_out_set, output, num_workers):
                 for name, dataset in datasets.items():
                     for count in _write_part(environment, record, name, dataset, num_workers):
                         progress.update(count)
-            if not all(part["stored"] for part in parts.values()):
-                raise UserError(f"data.root_dir='{train_set.root}': no readable image in one part; check the files")
+            for name, what in (("train", "training"), ("held_out", "held-out")):
+                if not parts[name]["stored"]:
+                    raise UserError(f"data.root_dir='{train_set.root}': none of the {parts[name]['total']} {what} "
+                                    "images can be read; check the files")
             _commit(environment, [(RECORD, _encode_record(record | {"complete": True}))])
     except (lmdb.Error, OSError) as error:
         raise UserError(f"--output='{output}' cannot be written ({error}); solve that and run the same command again, "

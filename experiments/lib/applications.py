@@ -38,7 +38,7 @@ def read_images(cfg, folder, size, count):
     if size is not None:
         raise UserError(f"--sample_img_size={size} applies to held-out images only, and images of --input keep their "
                         "size; leave it out")
-    return folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
+    return folder_images(cfg, folder, count)
 
 
 def encode_first(autoencoder, dataset, count):
@@ -72,10 +72,11 @@ def save_batch(folders, indices, images):
         folders[name].save(indices, batch)
 
 
-def write_scores(output, scores, settings):
-    """Write <output>/scores.json: the scores, and the settings that they were obtained with."""
+def write_scores(output, scores, settings, cfg):
+    """Write <output>/scores.json: the scores, the settings that they were obtained with, and the name of the run."""
+    found = {**scores, "settings": {**settings, "experiment": cfg.run.experiment}}
     with replacing(output / "scores.json") as temporary:
-        temporary.write_text(json.dumps({**scores, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def write_grid(output, folders):

@@ -5,14 +5,16 @@ The images of a folder, or the held-out ones of a config, also serve as inputs o
 
 import functools
 import json
+import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.datasets import build_dataset
-from data.images import UNREADABLE, image_size, list_images, read_image
+from data.datasets import build_dataset, log_images, reading
+from data.images import SUFFIXES, UNREADABLE, in_words, list_images, read_header, read_image
 from data.loader import to_float
 from utils import distributed
 from utils.checkpoint import digest
@@ -21,6 +23,8 @@ from utils.files import read_json, replacing
 from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+
+PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the last chunk
 
 
 class ImageFolder:
@@ -42,14 +46,16 @@ class ImageFolder:
         """Path of image `index`."""
         return self.path / f"{index:05d}.png"
 
-    def missing_batches(self, batch_size, evaluations=1):
-        """Yield (at most batch_size indices of missing images, progress), under a progress bar.
+    def missing_batches(self, batch_size, evaluations=1, along=()):
+        """Yield (at most batch_size indices of missing or truncated images, progress), under a progress bar.
 
         progress    to be called with 1 after each of the `evaluations` of a batch
+        along       ImageFolders that are filled in the same loop; an image that is missing there is made again, too
         Every rank gets another batch when it asks, and none continues before all images are there.
         """
         missing = distributed.from_main(
-            lambda: [index for index in range(self.total) if not self.file(index).exists()])
+            lambda: [index for index in range(self.total)
+                     if not all(_is_whole(folder.file(index)) for folder in (self, *along))])
         batch_size = min(batch_size, -(-len(missing) // distributed.world_size())) or 1  # work for every rank
         main = distributed.is_main()
         with tqdm(total=self.total, initial=self.total - len(missing), unit="image", desc=str(self.path),
@@ -102,6 +108,16 @@ class ImageFolder:
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
 
+def _is_whole(path):
+    """True if the PNG file is there and was written to its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
 def _advance(bar, images, evaluations):
     bar.update(min(images * evaluations, bar.total - bar.n))  # the progress of other ranks is an estimate
 
@@ -111,19 +127,23 @@ class SampleFolder:
 
     flag      name of the flag that gave the folder, for messages
     channels  1 or 3
+    reading   further arguments of data.images.read_image
     Item i is the uint8 tensor [C, H, W] of image i. `size` is the (H, W) that the images share, and `settings` how a
     script of this project made them ({} for other folders).
     Raises UserError if the folder is missing or empty, or the images differ in size (only headers are read for that),
     and, when an item is read, if its pixels are damaged.
     """
 
-    def __init__(self, folder, count=None, flag="samples", channels=3):
-        self.folder, self.channels = Path(folder), channels
+    def __init__(self, folder, count=None, flag="samples", channels=3, **reading):
+        self.folder, self.flag = Path(folder), flag
+        self.reading = {"channels": channels, **reading}
         if not self.folder.is_dir():
             raise UserError(f"--{flag}={folder} is not a folder; give a folder of images")
-        self.files = [self.folder / path for path in list_images(folder)][:count]
+        paths, self._left_out = list_images(folder)
+        self.files = [self.folder / path for path in paths[:count]]
         if not self.files:
-            raise UserError(f"--{flag}={folder} has no images; expected files like 00000.png")
+            raise UserError(f"--{flag}={folder} has no images; expected files like 00000.png ({' '.join(SUFFIXES)})")
+        self._check_one_origin()
         self.size = self._size_of(self.files[0])
         for path in self.files:
             size = self._size_of(path)
@@ -131,6 +151,22 @@ class SampleFolder:
                 raise UserError(f"--{flag}={folder} has images of different sizes, {self.files[0].name} of "
                                 f"{self.size[0]}x{self.size[1]} and {path.name} of {size[0]}x{size[1]}; "
                                 "keep one size per folder")
+
+    def _check_one_origin(self):
+        """UserError if an `ImageFolder` below is mixed with other images, as originals and reconstructions would be."""
+        parents = sorted({path.parent for path in self.files})
+        if len(parents) > 1 and any((parent / "settings.json").exists() for parent in parents if parent != self.folder):
+            raise UserError(f"--{self.flag}={self.folder} mixes the images of {parents[0]} and {parents[1]}, made by a "
+                            "script in different ways; give one of these folders")
+
+    def describe(self):
+        """One line: how many images, from where."""
+        return f"{self.flag}: {len(self)} images of {self.size[0]}x{self.size[1]}, {self.folder}"
+
+    def notes(self):
+        """A line about files that are left out."""
+        left_out = self._left_out - Counter({".json files": 1})  # settings.json
+        return [f"left out: {in_words(left_out)}"] if left_out else []
 
     @property
     def settings(self):
@@ -141,10 +177,10 @@ class SampleFolder:
         return len(self.files)
 
     def __getitem__(self, index):
-        return self._read(functools.partial(read_image, channels=self.channels), self.files[index])
+        return self._read(functools.partial(read_image, **self.reading), self.files[index])
 
     def _size_of(self, path):
-        return self._read(image_size, path)
+        return self._read(read_header, path)[0]
 
     def _read(self, read, path):
         try:
@@ -153,16 +189,17 @@ class SampleFolder:
             raise UserError(f"image {str(path)!r} can't be read ({error}); make it again or delete it") from error
 
 
-def folder_images(flag, folder, channels, count, least=1):
-    """(uint8 [N, C, H, W], their origin as plain data): at most `count` images of a `SampleFolder`.
+def folder_images(config, folder, count):
+    """(uint8 [N, C, H, W], their origin as plain data): at most `count` images of a folder, the value of --input.
 
-    least   model.knn_neighbours: the least number of pixels of an image
+    Raises UserError if they cannot be read as a `SampleFolder`, or have fewer pixels than the model has neighbours.
     """
-    found = SampleFolder(folder, count, flag, channels)
+    found = SampleFolder(folder, count, "input", config.data.channels, **reading(config.data))
     height, width = found.size
-    if height * width < least:
-        raise UserError(f"--{flag}={folder} has images of {height}x{width}, fewer pixels than model.knn_neighbours="
-                        f"{least}; give larger ones")
+    if height * width < config.model.knn_neighbours:
+        raise UserError(f"--input={folder} has images of {height}x{width}, fewer pixels than model.knn_neighbours="
+                        f"{config.model.knn_neighbours}; give larger ones")
+    log_images(found)
     images = torch.stack(list(found))
     return images, {"input": str(folder), "data": digest({"images": images})}
 
@@ -180,5 +217,6 @@ def heldout_images(config, size, count):
             raise UserError(f"data.name={dataset.name!r}: {dataset.label(index)} is {height}x{width}, less than the "
                             f"{size[0]}x{size[1]} pixels asked for; lower --sample_img_size or --scale, or set "
                             "data.root_dir to larger images")
+    log_images(dataset)
     images = torch.stack([dataset[index] for index in range(count)])
     return images, {"split": "heldout", "data": dataset.fingerprint()}

@@ -62,8 +62,8 @@ def _read(path, size):
     try:
         mask = read_image(path, channels=1)
     except UNREADABLE as error:
-        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor a readable image "
-                        f"({type(error).__name__})") from error
+        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor a readable 8-bit image "
+                        f"({error})") from error
     height, width = mask.shape[1:]
     if (height, width) != tuple(size):
         raise UserError(f"--mask={path} has {height}x{width} pixels, the images {size[0]}x{size[1]}; "

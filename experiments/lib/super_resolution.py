@@ -21,7 +21,7 @@ def read_inputs(cfg, folder, input_size, result_size, count):
     result_size  (h, w) -> (H, W)
     """
     if folder is not None:
-        inputs, origin = folder_images("input", folder, cfg.data.channels, count, cfg.model.knn_neighbours)
+        inputs, origin = folder_images(cfg, folder, count)
         return inputs, None, _larger(inputs.shape[-2:], result_size), origin
     size = _larger(input_size, result_size)
     truth, origin = heldout_images(cfg, size, count)

@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data.datasets import DATASETS, build_dataset
+from data.datasets import DATASETS, build_dataset, log_images
 from data.datasets import lmdb as lmdb_reader
 from tests.data.layouts import config, picture, write_folder, write_lsun
 from tests.scripts import only_line, run_script
@@ -98,6 +99,52 @@ def test_ffhq_passes_over_other_kinds_of_files(tmp_path):
     write_folder(tmp_path, 20)
     write_folder(tmp_path / "thumbnails", 9, "{}.jpg")
     assert len(build_dataset(config("ffhq", tmp_path), True)) == 19
+
+
+@pytest.mark.parametrize("size, folder", [(64, "thumbnails128x128"), (200, "images1024x1024")])
+def test_ffhq_reads_one_folder_of_the_whole_download(tmp_path, size, folder):
+    for name in ("images1024x1024/00000", "thumbnails128x128/00000", "in-the-wild-images/00000"):
+        write_folder(tmp_path / name, 3)
+    dataset = build_dataset(config("ffhq", tmp_path, size), True)
+    assert len(dataset) == 2 and dataset.folder == str(tmp_path / folder)
+    with pytest.raises(UserError, match="data.img_size=1025 is more than the 1024"):
+        build_dataset(config("ffhq", tmp_path, 1025), True)
+
+
+def test_every_image_is_accounted_for(tmp_path, caplog):
+    write_folder(tmp_path, 40)
+    picture(0, 12, 30).save(tmp_path / "00003.png")
+    picture(1).convert("RGBA").save(tmp_path / "00004.png")
+    (tmp_path / "film.gif").touch()
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere")
+    cfg = config("folder", tmp_path)
+    caplog.set_level("INFO")
+    log_images(build_dataset(cfg, True), build_dataset(cfg, False))
+    assert "\n".join(caplog.messages).splitlines() == [
+        f"folder: 38 training images of 16x16, 3 channels, {tmp_path}",
+        "  left out: 1 .gif files, 1 links that lead nowhere",
+        "  1 of 38 examined images are smaller than 16x16: enlarged",
+        "  1 of 38 examined images have an alpha channel: composited on white (data.background)",
+        f"folder: 2 held-out images of 16x16, 3 channels, {tmp_path}",
+        "  left out: 1 .gif files, 1 links that lead nowhere"]
+
+
+def test_how_deep_and_transparent_pixels_are_read_is_configured(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16)).save(tmp_path / f"{i}.png")
+    cfg = config("folder", tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of the training images"):
+        build_dataset(cfg, True)[0]
+    cfg.data.white_level = 2000.0
+    assert (build_dataset(cfg, True)[0] == 128).all()
+    Image.new("RGBA", (16, 16)).save(tmp_path / "0.png")
+    key = build_dataset(cfg, True).fingerprint()
+    assert (build_dataset(cfg, True)[0] == 255).all()
+    cfg.data.background = "black"
+    assert (build_dataset(cfg, True)[0] == 0).all() and build_dataset(cfg, True).fingerprint() != key
+    cfg.data.background = "blackish"
+    with pytest.raises(UserError, match="data.background='blackish' is not a colour"):
+        build_dataset(cfg, True)
 
 
 def test_celeba_takes_the_smallest_folder_that_is_large_enough(tmp_path):
@@ -203,7 +250,7 @@ def test_a_data_set_of_one_bad_image(tmp_path):
     names = write_folder(tmp_path, 2)
     dataset = build_dataset(config("folder", tmp_path), True)
     break_file(tmp_path / names[0], "text")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="no image of folder"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of the training images .* 00000.png"):
         dataset[0]
 
 

@@ -1,13 +1,14 @@
 """Modes, cropping and resizing."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.images import UNREADABLE, fit, load_image, to_mode, to_tensor
+from data.images import UNREADABLE, fit, list_images, load_image, read_header, read_image, to_mode, to_tensor
 
 
 def encoded(image, suffix="png", **options):
@@ -17,7 +18,7 @@ def encoded(image, suffix="png", **options):
     return buffer
 
 
-@pytest.mark.parametrize("value", [0, 1, 255, 256, 32768, 65535])
+@pytest.mark.parametrize("value", [0, 4096, 5000, 32768, 65535])
 def test_16_bit_pixels_are_scaled_not_clipped(value):
     grey = Image.fromarray(np.full((4, 4), value, dtype=np.uint16))
     for suffix in ("png", "tiff"):
@@ -26,16 +27,78 @@ def test_16_bit_pixels_are_scaled_not_clipped(value):
         assert (image == round(value / 257)).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_becomes_grey_or_rgb(mode, channels):
-    image = Image.new(mode, (5, 3)) if mode == "I;16" else Image.new("RGB", (5, 3)).convert(mode)
+    image = Image.new("RGB", (5, 3)).convert(mode)
     assert to_tensor(to_mode(image, channels)).shape == (channels, 3, 5)
 
 
-def test_float_pixels_are_unreadable():
+def deep(values, dtype, suffix, **options):
+    return encoded(Image.fromarray(np.array([values], dtype=dtype)), suffix, **options)
+
+
+@pytest.mark.parametrize("file, values", [
+    (deep([0, 100, 4095], np.uint16, "png"), None), (deep([0, 255], np.uint16, "tiff"), None),
+    (deep([0, 100, 4095], np.int32, "tiff"), None), (deep([0, 0.5, 1], np.float32, "tiff"), None),
+    (deep([0, 2047, 4095], np.uint16, "tiff", tiffinfo={281: 4095}), [0, 127, 255]),
+    (io.BytesIO(b"P5 2 1 4095\n" + np.array([0, 4095], ">u2").tobytes()), [0, 255])],
+    ids=["12 bits as 16", "8 bits as 16", "int32", "float", "maximum in the header", "PGM"])
+def test_white_of_deep_pixels_is_declared_or_asked_for(file, values):
+    if values is not None:
+        assert read_image(file, 1).flatten().tolist() == values
+        return
+    with pytest.raises(UNREADABLE, match="set data.white_level"):
+        read_image(file, 1)
+    file.seek(0)
+    with Image.open(file) as image:
+        white = float(np.asarray(image).max())
+    file.seek(0)
+    assert read_image(file, 1, white_level=white).flatten().tolist()[::2] in ([0, 255], [0])
+    file.seek(0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_show_the_background(mode):
+    image = Image.new("RGBA", (3, 1), (200, 200, 200, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    file = encoded(image.convert(mode)) if mode != "P" else encoded(image.quantize(4))
+    for background, value in (("white", 255), ("#102030", None)):
+        pixels = read_image(file, 3, background)
+        file.seek(0)
+        assert (pixels[:, 0, [0, 2]] == 200).all()
+        assert pixels[:, 0, 1].tolist() == ([value] * 3 if value else [0x10, 0x20, 0x30])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SyntaxError, OSError])
+def test_whatever_a_decoder_raises_counts_as_unreadable(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error("some decoder")
+
+    monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UNREADABLE):
-        to_mode(Image.new("F", (4, 4)), 3)
+        read_image(io.BytesIO(b""))
+
+
+def test_folders_are_listed_with_links_and_what_is_left_out_is_counted(tmp_path):
+    for name in ("b/1.png", "a.JPG", "c.gif", "c.txt", ".hidden.png", ".git/2.png", "._a.jpg"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "3.png").touch()
+    for name, target in (("linked", tmp_path / "other"), ("twice", tmp_path / "other"), ("loop", tmp_path / "root"),
+                         ("lost.png", tmp_path / "nowhere"), ("file.png", tmp_path / "other" / "3.png"),
+                         ("self.png", tmp_path / "root" / "self.png")):
+        (tmp_path / "root" / name).symlink_to(target)
+    found, left_out = list_images(tmp_path / "root")
+    assert found == ["a.JPG", "b/1.png", "file.png", "linked/3.png"]
+    assert left_out == {".gif files": 1, ".txt files": 1, "links that lead nowhere": 2}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_folders_that_cannot_be_read_are_counted(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    assert list_images(tmp_path) == ([], {"folders that cannot be read": 1})
 
 
 @pytest.mark.parametrize(("width", "height", "size", "box"), [
@@ -64,6 +127,9 @@ def test_orientation_of_a_camera_is_applied():
     exif[0x0112] = 6  # turned by 90 degrees
     loaded = load_image(encoded(image, exif=exif), (4, 3), 1)
     assert np.array_equal(loaded[0].numpy(), np.rot90(np.asarray(image), -1))
+    for suffix in ("png", "jpeg", "webp", "tiff"):
+        header = read_header(encoded(image, suffix, exif=exif))
+        assert header == ((4, 3), False) and read_image(encoded(image, suffix, exif=exif)).shape[1:] == header[0]
 
 
 @pytest.mark.parametrize("content", [

@@ -30,6 +30,23 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     assert (read_image(tmp_path / "00004.png") == round(127.5 * 1.4)).all()
 
 
+@pytest.mark.parametrize("kept", [0, 30, -1])
+def test_truncated_images_are_made_again(tmp_path, kept):
+    fill(ImageFolder(tmp_path, 3, {}))
+    whole = (tmp_path / "00001.png").read_bytes()
+    (tmp_path / "00001.png").write_bytes(whole[:kept])
+    assert fill(ImageFolder(tmp_path, 3, {})) == [[1]]
+    assert (tmp_path / "00001.png").read_bytes() == whole
+
+
+def test_what_is_missing_in_a_folder_filled_along_is_made_again(tmp_path):
+    folders = [ImageFolder(tmp_path / name, 4, {}) for name in "ab"]
+    for folder in folders:
+        fill(folder)
+    folders[1].file(2).unlink()
+    assert [indices for indices, _ in folders[0].missing_batches(4, along=folders)] == [[2]]
+
+
 def test_all_images_come_back_as_floats(tmp_path):
     folder = ImageFolder(tmp_path, 3, {})
     fill(folder)

@@ -28,26 +28,29 @@ def test_truth_is_never_enlarged(tmp_path, name):
 
 
 def test_a_folder_gives_its_images_in_order_as_they_are(tmp_path):
+    cfg = config("folder")
     for i in (2, 0, 1):
         picture(i, 20, 14).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("not an image")
-    images, source = folder_images("input", tmp_path, 3, 16)
+    (tmp_path / "._0.png").write_text("what macOS leaves behind")
+    images, source = folder_images(cfg, tmp_path, 16)
     assert images.shape == (3, 3, 14, 20) and images.dtype == torch.uint8
-    assert torch.equal(folder_images("input", tmp_path, 3, 2)[0], images[:2])
-    assert folder_images("input", tmp_path, 1, 16)[0].shape == (3, 1, 14, 20)
+    assert torch.equal(folder_images(cfg, tmp_path, 2)[0], images[:2])
+    assert folder_images(config("folder", channels=1), tmp_path, 16)[0].shape == (3, 1, 14, 20)
     picture(7, 20, 14).save(tmp_path / "1.png")
-    again = folder_images("input", tmp_path, 3, 16)
+    again = folder_images(cfg, tmp_path, 16)
     assert torch.equal(again[0][0], images[0]) and not torch.equal(again[0][1], images[1])
     assert again[1]["input"] == source["input"] and again[1]["data"] != source["data"]
 
 
 def test_mistakes_name_the_flag(tmp_path):
+    cfg = config("folder")
     with pytest.raises(UserError, match="--input=.*absent is not a folder"):
-        folder_images("input", tmp_path / "absent", 3, 4)
+        folder_images(cfg, tmp_path / "absent", 4)
     picture(0).save(tmp_path / "a.png")
     picture(1, 20, 21).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="a.png of 20x20 and b.png of 21x20"):
-        folder_images("input", tmp_path, 3, 4)
+        folder_images(cfg, tmp_path, 4)
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="a.png' can't be read"):
-        folder_images("input", tmp_path, 3, 4)
+        folder_images(cfg, tmp_path, 4)

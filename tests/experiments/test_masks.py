@@ -1,5 +1,6 @@
 """Masks of what is known: their areas, their independence of the batch, and what a white pixel of a file means."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,6 +44,14 @@ def test_a_random_mask_is_a_function_of_the_seed_and_the_index(kind):
     found = unknown(kind, indices=[3, 5, 8])
     assert torch.equal(found[1:2], unknown(kind, indices=[5]))
     assert not torch.equal(found[0], found[1]) and not torch.equal(found, unknown(kind, indices=[3, 5, 8], seed=1))
+
+
+def test_a_mask_of_unknown_white_is_refused(tmp_path):
+    deep = np.zeros((16, 24), dtype=np.uint16)
+    deep[:4] = 300
+    Image.fromarray(deep).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="nor a readable 8-bit image .*its brightest pixel is 300"):
+        unknown(str(tmp_path / "mask.png"), (16, 24))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "1"])

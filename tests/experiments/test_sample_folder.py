@@ -3,7 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data.datasets import build_dataset
 from experiments.lib.image_folders import SampleFolder
+from tests.data.layouts import config
 from utils.errors import UserError
 
 
@@ -54,6 +56,27 @@ def test_folders_below_are_read_and_other_files_passed_over(tmp_path):
 def test_other_eight_bit_modes_become_rgb(tmp_path, mode):
     expected = write(tmp_path / "0.png", mode=mode)
     np.testing.assert_array_equal(SampleFolder(tmp_path)[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_folders_of_a_script_are_not_mixed(tmp_path):
+    for name in ("originals", "reconstructions"):
+        write(tmp_path / name / "00000.png")
+        (tmp_path / name / "settings.json").write_text("{}")
+    check_refused("mixes the images of .*originals and .*reconstructions", tmp_path)
+    assert len(SampleFolder(tmp_path / "originals")) == 1
+
+
+def test_samples_and_real_images_are_read_alike(tmp_path):
+    """A folder has the distance 0 to itself, whatever its files are."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    real = [image for train in (True, False) for image in build_dataset(config("folder", tmp_path, 12), train)]
+    assert all(torch.equal(*pair) for pair in zip(SampleFolder(tmp_path), real, strict=True))
 
 
 def test_what_is_not_a_folder_of_images(tmp_path):
