@@ -147,9 +147,8 @@ def find_applications(folders, config):
 
 
 def _belongs_to(config, settings):
-    if not isinstance(settings, dict) or not {"decoder", "steps", "size"} <= settings.keys():
-        return False
-    return Path(str(settings["decoder"]).rsplit(" ", 2)[0]).parent.name == run_dir(config).name
+    return (isinstance(settings, dict) and {"decoder", "steps", "size"} <= settings.keys()
+            and settings.get("experiment") == config.run.experiment)
 
 
 def applications(found, config):

@@ -18,6 +18,7 @@ from utils.checkpoint import (
     MARK,
     DamagedCheckpoint,
     check_same_architecture,
+    identity,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -54,6 +55,22 @@ def test_without_git_or_a_checkout_the_commit_is_empty(tmp_path, monkeypatch, gi
     environment.cache_clear()
     assert environment()["commit"] == ""
     environment.cache_clear()
+
+
+def test_identity_follows_the_contents_and_not_the_place(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"step": 1})
+    save_checkpoint(tmp_path / "b.pt", {"step": 2})
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    (tmp_path / "b.safetensors").write_bytes(b"b" * 200)
+    found = set()
+    for path in sorted(tmp_path.iterdir()):
+        copy = tmp_path / "copy" / path.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+        os.utime(copy, (1, 1))
+        assert identity(copy) == identity(path)
+        found.add(identity(path))
+    assert len(found) == 4
 
 
 def seal(path):
