@@ -1,8 +1,8 @@
-"""Measure the operator, the search of neighbours, the training step and sampling on this machine.
+"""Measure the operator, the search for nearest points, the training step and sampling on this machine.
 
     python experiments/benchmark.py --config configs/benchmark_64.py --against reference --output benchmark.json
 
-Prints a Markdown table for each suite; --output also writes the numbers as JSON. Weights and images are random.
+Prints a Markdown table per suite; --output also writes the numbers as JSON. Weights and images are random.
 """
 
 import json
@@ -14,20 +14,21 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.lib import benchmark_suites as suites
-from experiments.lib.benchmark_suites import machine
+import torch
+
+import train_inf_ae_diffusion as stage_1
+from experiments.lib import benchmark_suites
 from utils import cli, config
 from utils.device import environment, resolve_device
 from utils.errors import UserError
 from utils.files import check_output_file, replacing
 
-CONFIG = config.define_config_flag("config", "autoencoder config of the suites training, parts and sampling")
 SUITES = ("operator", "knn", "training", "parts", "sampling")
-CHOSEN = flags.DEFINE_list("suites", list(SUITES), f"which of {', '.join(SUITES)}")
-AGAINST = flags.DEFINE_enum("against", None, ["reference"], "measure the slow path as well, in the same run")
-REPEATS = flags.DEFINE_integer("repeats", 7, "measurements of each, of which the median counts", lower_bound=1)
+CHOSEN = flags.DEFINE_list("suites", list(SUITES), f"suites to run, of {', '.join(SUITES)}")
+AGAINST = flags.DEFINE_enum("against", None, ["reference"], "also measure the reference implementation")
+REPEATS = flags.DEFINE_integer("repeats", 7, "number of measurements, whose median is reported", lower_bound=1)
 STEPS = flags.DEFINE_integer("sampling_steps", 20, "network evaluations of the sampling suite", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers")
 
 
 def main():
@@ -35,37 +36,36 @@ def main():
     if unknown or not CHOSEN.value:
         raise UserError(f"--suites={','.join(unknown)} is unknown; choose from {', '.join(SUITES)}")
     check_output_file(OUTPUT.value, "output")
-    cfg = config.read_autoencoder_config(CONFIG)
+    cfg = config.read_autoencoder_config(stage_1.CONFIG)
     device, against = resolve_device(cfg.run.device), AGAINST.value is not None
-    if set(CHOSEN.value) & {"training", "parts", "sampling"}:
-        suites.Step(cfg, device)  # says what is wrong with the config before the first suite
+    benchmark_suites.make_trainer(stage_1, cfg, device)  # reports mistakes in the config before the first suite
     measure = {
-        "operator": lambda: suites.operator(device, REPEATS.value),
-        "knn": lambda: suites.knn(device, REPEATS.value),
-        "training": lambda: suites.training(cfg, device, REPEATS.value, against),
-        "parts": lambda: suites.parts(cfg, device, REPEATS.value),
-        "sampling": lambda: suites.sampling(cfg, device, max(1, REPEATS.value // 2), against, STEPS.value),
+        "operator": lambda: benchmark_suites.operator(device, REPEATS.value),
+        "knn": lambda: benchmark_suites.knn(device, REPEATS.value),
+        "training": lambda: benchmark_suites.training(stage_1, cfg, device, REPEATS.value, against),
+        "parts": lambda: benchmark_suites.parts(stage_1, cfg, device, REPEATS.value),
+        "sampling": lambda: benchmark_suites.sampling(cfg, device, max(1, REPEATS.value // 2), against, STEPS.value),
     }
-    result = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
-              "environment": environment(), "config": cfg.to_dict(), "suites": {}}
-    print(f"{result['machine']}, {result['date']}, `python {result['command']}`")
+    result = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "environment": environment(),
+              "threads": torch.get_num_threads(), "config": cfg.to_dict(), "suites": {}}
+    print(f"{result['environment']['machine']}, {result['threads']} threads, {result['date']}, "
+          f"`python {result['command']}`")
     for name in CHOSEN.value:
         rows = result["suites"][name] = measure[name]()
-        print(f"\n{getattr(suites, name).__doc__.strip()}\n\n{markdown(rows)}", flush=True)
-        if OUTPUT.value:  # after each suite: an interrupted run keeps what it has
-            Path(OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+        print(f"\n{getattr(benchmark_suites, name).__doc__.strip()}\n\n{markdown(rows)}", flush=True)
+        if OUTPUT.value:  # after each suite, so that an interrupted run keeps its numbers
             with replacing(OUTPUT.value) as temporary:
-                temporary.write_text(json.dumps(result, indent=2) + "\n")
+                temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def markdown(rows):
-    """Rows (dicts with the same keys) as a table; columns that are empty in all rows are left out."""
+    """Rows (dicts with the same keys) as a Markdown table, without columns that are empty in all rows."""
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    lines = [names, ["---"] * len(names), *([_shown(row[name]) for name in names] for row in rows)]
+    lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shown(value):
+def _cell(value):
     if value is None:
         return ""
     if isinstance(value, float):

@@ -35,8 +35,9 @@ def run_script(script, *arguments):
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
-        for name in [name for name in sys.modules if name.endswith("_config") and "." not in name]:
-            del sys.modules[name]  # config files: ml_collections would load the next one on top of what is there
+        # config files, which ml_collections would load into the existing module, and a script whose flags are gone
+        for name in [name for name in sys.modules if name.endswith("_config") or name == "train_inf_ae_diffusion"]:
+            del sys.modules[name]
     return Result(code, out.getvalue(), err.getvalue())
 
 

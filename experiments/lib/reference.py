@@ -1,7 +1,8 @@
-"""The autoencoder's networks step by step (docs/method.md, 4): contiguous NCHW, dense convolutions, all distances.
+"""The networks of the autoencoder (docs/method.md, 4) as a first implementation would write them, and their training.
 
-They share the parameters of the networks they are made from, keep nothing between calls, and are what a first
-implementation would be: the oracle of the tests, and the slow path of `experiments/benchmark.py --against reference`.
+Images are contiguous NCHW, convolutions dense, nearest points found from all distances, and nothing is cached. The
+networks share the parameters of those that they are made from. Tests and `experiments/benchmark.py --against reference`
+compare with this module.
 """
 
 import torch
@@ -12,7 +13,7 @@ from models.blocks import resize_kernel
 
 
 class ReferenceDecoder(nn.Module):
-    """SparseUNet `fast` for the forward pass decoder(values [B, L, C], t [B], z [B, Z], coords) -> [B, L, out]."""
+    """The forward pass of a SparseUNet: values [B, L, C], t [B], z [B, Z], coords -> [B, L, out]."""
 
     def __init__(self, fast):
         super().__init__()
@@ -31,7 +32,7 @@ class ReferenceDecoder(nn.Module):
 
 
 class ReferenceEncoder(nn.Module):
-    """SparseEncoder `fast`, without stochastic encoding: encoder(values [B, L, C], coords) -> z [B, Z]."""
+    """The forward pass of a SparseEncoder without stochastic encoding: values [B, L, C], coords -> z [B, Z]."""
 
     def __init__(self, fast):
         super().__init__()
@@ -43,7 +44,41 @@ class ReferenceEncoder(nn.Module):
         return self.fast.linear_out(pointwise(self.fast.linear_grid, x).mean(dim=(2, 3)))
 
 
+class ReferenceTrainer:
+    """utils.trainer.Trainer.training_step for one process: the reference networks in float32, and loops for AdamW and
+    EMA. The loss and the config are those of the Trainer."""
+
+    dtype = torch.float32
+
+    def __init__(self, config, modules, loss, device):
+        self.config, self.loss, self.step = config, loss, 0
+        self.modules = modules.to(device).train()
+        self.networks = {"encoder": ReferenceEncoder(modules["encoder"]), "decoder": ReferenceDecoder(
+            modules["decoder"])}
+        optimizer = config.optimizer
+        self.adamw = torch.optim.AdamW(
+            self.modules.parameters(), lr=optimizer.learning_rate, betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            weight_decay=optimizer.get("weight_decay", 0.0), foreach=False)
+        self.average = [parameter.detach().clone() for parameter in self.modules.parameters()]
+
+    def training_step(self, batches):
+        """One update; returns the loss."""
+        train = self.config.train
+        loss = self.loss(self.networks, next(batches), self.step)["loss"]
+        loss.backward()
+        for network in self.modules.values():
+            nn.utils.clip_grad_norm_(network.parameters(), self.config.optimizer.clip_gradient_norm, foreach=False)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.step += 1
+        if self.step % train.ema_update_every == 0:
+            for kept, parameter in zip(self.average, self.modules.parameters(), strict=True):
+                kept.mul_(train.ema_decay).add_(parameter.detach(), alpha=1 - train.ema_decay)
+        return loss.item()
+
+
 def points_to_grid(module, values, coords, modulation=None):
+    """(grid [B, base, G, G], outputs [B, L, nf] of the sparse blocks) for values [B, L, C]."""
     x, skips = module.linear_in(values), []
     for block in module.blocks:
         x = sparse_block(block, x, coords, modulation)
@@ -52,6 +87,7 @@ def points_to_grid(module, values, coords, modulation=None):
 
 
 def sparse_block(block, x, coords, modulation=None):
+    """A SparseBlock on x [B, L, nf]."""
     kernel = resize_kernel(block.kernel, coords.size, block.train_size)
     x = x + sparse_conv(film(block.film_conv, block.norm_conv(x), modulation), kernel, coords)
     hidden, _, out = block.mlp
@@ -59,7 +95,7 @@ def sparse_block(block, x, coords, modulation=None):
 
 
 def sparse_conv(features, weight, coords):
-    """Scatter to an image, convolve it, gather; the neighbours are counted by a convolution of the mask."""
+    """The operator K of features [B, L, C]: scatter, convolve, gather. A convolution of the mask counts neighbours."""
     kh, kw, channels = weight.shape[:3]
     image = scatter(features, coords)
     present = scatter(torch.ones_like(features[:, :, :1]), coords)
@@ -73,7 +109,7 @@ def sparse_conv(features, weight, coords):
 
 
 def scatter(values, coords):
-    """[B, L, C] -> contiguous [B, C, H, W], zero where there is no point."""
+    """values [B, L, C] -> contiguous [B, C, H, W], zero at absent pixels."""
     batch, _, channels = values.shape
     canvas = values.new_zeros(batch, channels, coords.size[0] * coords.size[1])
     index = coords.index[:, None].expand(-1, channels, -1)
@@ -81,13 +117,13 @@ def scatter(values, coords):
 
 
 def gather(image, coords):
-    """[B, C, H, W] -> [B, L, C]."""
+    """image [B, C, H, W] -> [B, L, C]."""
     index = coords.index[:, None].expand(-1, image.shape[1], -1)
     return image.flatten(2).gather(2, index).transpose(1, 2)
 
 
 def knn_to_grid(features, coords, grid_size, k):
-    """All distances from every grid node to every point, the smallest of them, and a weighted mean."""
+    """features [B, L, C] -> [B, C, G, G]: the weighted mean of the k nearest points of every grid node."""
     place, distance = nearest_points(coords, grid_size, k)
     weight = 1 / distance.square().clamp(min=1e-20)
     weight = weight / weight.sum(dim=2, keepdim=True)
@@ -98,9 +134,9 @@ def knn_to_grid(features, coords, grid_size, k):
 
 
 def nearest_points(coords, grid_size, k, dtype=torch.float64):
-    """(place int64 [B, G * G, n], distance float32, likewise) by torch.cdist and topk, with n = k + 8 or all points.
+    """(place int64 [B, G * G, n], distance float32, likewise) by torch.cdist and topk, n = k + 8 or all points.
 
-    Infinite distances for points that are further than the k-th. Equal distances differ by rounding, hence the margin.
+    The distance is infinite for points farther than the k-th, with a margin for the rounding of equal distances.
     """
     axis = (torch.arange(grid_size, device=coords.device, dtype=dtype) + 0.5) / grid_size
     nodes = torch.stack([axis.repeat(grid_size), axis.repeat_interleave(grid_size)], dim=1)  # (x, y)
@@ -113,7 +149,7 @@ def nearest_points(coords, grid_size, k, dtype=torch.float64):
 
 
 def grid_to_points(grid, coords):
-    """F.grid_sample at the pixel centres, (x, y) in [-1, 1]."""
+    """grid [B, C, G, G] -> [B, L, C] by F.grid_sample at the pixel centres, (x, y) in [-1, 1]."""
     height, width = coords.size
     x, y = (coords.index % width + 0.5) / width, (coords.index // width + 0.5) / height
     where = torch.stack([x, y], dim=2) * 2 - 1
@@ -122,6 +158,7 @@ def grid_to_points(grid, coords):
 
 
 def grid_unet(unet, grid, modulation=None):
+    """A GridUNet on grid [B, base, G, G]."""
     x, skips = grid_down(unet.down, grid, modulation)
     for stages, up in zip(unet.stages, unet.ups, strict=True):
         for stage in stages:
@@ -135,6 +172,7 @@ def grid_unet(unet, grid, modulation=None):
 
 
 def grid_down(down, grid, modulation=None):
+    """(output, outputs of all stages for the skip connections) of a GridDown on grid [B, base, G, G]."""
     x, skips = pointwise(down.stem, grid), []
     for stages, halve in zip(down.stages, down.downs, strict=True):
         for stage in stages:
@@ -147,6 +185,7 @@ def grid_down(down, grid, modulation=None):
 
 
 def grid_stage(stage, x, modulation):
+    """A residual block and, if the stage has one, attention, on x [B, C, G, G]."""
     block = stage.block
     h = convolution(block.conv_in, F.gelu(channel_norm(block.norm_in, x)))
     h = film(block.film, channel_norm(block.norm_out, h), modulation, channels=1)
@@ -156,7 +195,7 @@ def grid_stage(stage, x, modulation):
 
 
 def attention(module, x):
-    """x + Linear(softmax(q k^T / sqrt(32)) v), the attention matrix written out."""
+    """x + Linear(softmax(q k^T / sqrt(32)) v) for x [B, C, G, G], with an explicit attention matrix."""
     batch, _, height, width = x.shape
     heads = module.heads
     q, k, v = pointwise(module.qkv, channel_norm(module.norm, x)).flatten(2).view(batch, 3, heads, 32, -1).unbind(1)
@@ -166,7 +205,7 @@ def attention(module, x):
 
 
 def film(module, h, modulation=None, channels=2):
-    """(h (1 + scale_t) + shift_t)(1 + scale_z), the channels of h being its axis number `channels`."""
+    """(h (1 + scale_t) + shift_t)(1 + scale_z); `channels` is the axis of the channels of h."""
     if modulation is None:
         return h
     shape = [len(h), *[1] * (h.dim() - 1)]
@@ -176,8 +215,8 @@ def film(module, h, modulation=None, channels=2):
 
 
 def film_vectors(conditioning, t, z):
-    """(scale_t, shift_t, scale_z), each [B, width], of every FiLM layer in order of its index: its own three Linears,
-    cut out of the stacked ones."""
+    """(scale_t, shift_t, scale_z), each [B, width], of every FiLM layer in order of its index, by its own Linears:
+    slices of the stacked ones."""
     def linear(module, x, first, width):
         return F.linear(x, module.weight[first : first + width], module.bias[first : first + width])
 
@@ -200,9 +239,10 @@ def channel_norm(norm, x):
 
 
 def convolution(module, x):
+    """A Conv2d on x [B, C, G, G]."""
     return F.conv2d(x, module.weight.contiguous(), module.bias, module.stride, module.padding)
 
 
 def pointwise(linear, x):
-    """A Linear over the channels of [B, C, H, W], as a 1x1 convolution."""
+    """A Linear over the channels of x [B, C, G, G], as a 1x1 convolution."""
     return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)

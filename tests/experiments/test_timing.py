@@ -3,7 +3,7 @@ import types
 import pytest
 import torch
 
-from experiments.lib import benchmark_suites as timing
+from experiments.lib import timing
 
 CPU = torch.device("cpu")
 
@@ -28,15 +28,15 @@ def taking(clock, seconds, order=None, name=None):
     return function
 
 
-def test_long_functions_are_called_once_in_each_turn_after_a_warm_up(clock):
+def test_functions_take_turns_after_a_warm_up(clock):
     order = []
     arms = {"a": taking(clock, [100, 1, 2, 9], order, "a"), "b": taking(clock, [50, 4, 4, 4], order, "b")}
     assert timing.interleaved(arms, 3, CPU) == {"a": 2, "b": 4}
     assert order == ["a", "b"] * 4
 
 
-def test_short_functions_are_called_until_the_turn_is_long_enough_and_the_first_call_does_not_count(clock, monkeypatch):
-    monkeypatch.setattr(timing, "SHORTEST", 2**-9)
+def test_short_functions_are_repeated_and_the_first_call_does_not_count(clock, monkeypatch):
+    monkeypatch.setattr(timing, "MIN_TURN", 2**-9)
     monkeypatch.setattr(timing, "SHORT", 2**-6)
     order, cold = [], 2**-6 - 2**-12
     times = [4.0] + [cold] + [2**-12] * 8 + [cold] + [2**-12, 3 * 2**-12] * 2
