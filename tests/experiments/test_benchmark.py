@@ -24,6 +24,7 @@ def stage_1():
         delattr(flags.FLAGS, name)
 
 
+@pytest.mark.slow
 def test_every_suite_gives_a_table_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_suites, "OPERATOR", {"batch": 1, "size": (16, 16), "channels": 4, "kernel": 3})
     monkeypatch.setattr(benchmark_suites, "KNN", [(2, (16, 16), 8)])
