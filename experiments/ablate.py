@@ -35,7 +35,7 @@ from experiments.metrics.features import NETWORKS, build_feature_model
 from utils import cli, config
 from utils.device import environment, resolve_device
 from utils.errors import UserError
-from utils.files import check_writable, read_json, replacing
+from utils.files import check_writable, read_json, write_json
 
 CONFIG = config.define_config_flag("config", "base config, whose fields the variants change")
 AXES = flags.DEFINE_list("axes", list(ablations.AXES), "axes of configs/ablations.py")
@@ -103,8 +103,7 @@ def check_settings(path, base):
         del settings["config"]["run"][field]
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
         return
     saved = read_json(path)
     different = [name for name in settings if saved.get(name) != settings[name]]
@@ -123,8 +122,7 @@ def run(variant, variant_config, heldout, network):
     if steps is None or not train(variant_config, variant.changes, arguments, steps):
         return False
     scores = evaluate(variant_config, heldout, SAMPLER.value, SAMPLING_STEPS.value, network)
-    with replacing(record) as temporary:
-        temporary.write_text(json.dumps({**scores, "commit": environment()["commit"]}, indent=2) + "\n")
+    write_json(record, {**scores, "commit": environment()["commit"]})
     return True
 
 

@@ -5,7 +5,6 @@
 Prints a Markdown table per suite; --output also writes the numbers as JSON. Weights and images are random.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.lib import benchmark_suites
 from utils import cli, config
 from utils.device import environment, resolve_device
 from utils.errors import UserError
-from utils.files import check_output_file, replacing
+from utils.files import check_output_file, write_json
 
 SUITES = ("operator", "knn", "training", "parts", "sampling")
 CHOSEN = flags.DEFINE_list("suites", list(SUITES), f"suites to run, of {', '.join(SUITES)}")
@@ -52,10 +51,9 @@ def main():
           f"`python {result['command']}`")
     for name in CHOSEN.value:
         rows = result["suites"][name] = measure[name]()
-        print(f"\n{getattr(benchmark_suites, name).__doc__.strip()}\n\n{markdown(rows)}", flush=True)
         if OUTPUT.value:  # after each suite, so that an interrupted run keeps its numbers
-            with replacing(OUTPUT.value) as temporary:
-                temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_json(OUTPUT.value, result)
+        print(f"\n{getattr(benchmark_suites, name).__doc__.strip()}\n\n{markdown(rows)}", flush=True)
 
 
 def markdown(rows):

@@ -8,7 +8,6 @@ antialiasing. A window is compared with its part of the reference, which must ha
 the PSNR in dB of 8-bit images and, as a baseline, the PSNR of different images.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from experiments.lib.image_folders import SampleFolder
 from experiments.metrics.images import psnr
 from utils import cli
 from utils.errors import UserError
-from utils.files import check_output_file, replacing
+from utils.files import check_output_file, write_json
 
 REFERENCE = flags.DEFINE_string("reference", None, "folder of images")
 SAMPLES = flags.DEFINE_list("samples", None, "folders with the same images as the reference under the same names")
@@ -34,12 +33,11 @@ def main():
         raise UserError("--samples is missing; give one folder or more, separated by commas")
     check_output_file(OUTPUT.value, "output")
     scores = [compare(REFERENCE.value, folder) for folder in SAMPLES.value]
+    if OUTPUT.value:
+        write_json(OUTPUT.value, scores)
     for row in scores:
         print("{folder}: {count} images of {0}x{1}, PSNR {psnr:.2f} dB (lowest {least_psnr:.2f}; of different images "
               "{psnr_of_others:.2f})".format(*row["size"], **row))
-    if OUTPUT.value:
-        with replacing(OUTPUT.value) as temporary:
-            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 def compare(reference, folder):

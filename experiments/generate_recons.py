@@ -5,7 +5,6 @@
 Writes <output>/originals/00000.png, …, <output>/reconstructions/00000.png, … and scores.json.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.images import reconstruction_scores
 from utils import cli, config, distributed
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import write_json
 
 CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
 SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "images to reconstruct")
@@ -61,8 +60,7 @@ def main():
 
     if distributed.is_main():
         scores = reconstruction_scores(originals.load(), reconstructions.load(), autoencoder.diffusion.mollifier)
-        with replacing(output / "scores.json") as temporary:
-            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(output / "scores.json", scores)
         print(f"{total} images: mollified PSNR {scores['mollified_psnr']:.2f} dB; the nearest original is the image's "
               f"own for {scores['nearest_is_own']} of {total} reconstructions; images in {output}")
 

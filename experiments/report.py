@@ -67,9 +67,10 @@ def main():
         report_sections.times(runs, samples + reconstructions),
         report_sections.environments(runs)])
     output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
+    page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body)
     with replacing(output) as temporary:
-        temporary.write_text(string.Template(TEMPLATE.read_text()).substitute(
-            title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body))
+        temporary.write_text(page, encoding="utf-8")
     print(f"report: {len(samples)} folders of samples, {len(reconstructions)} of reconstructions, {len(applications)} "
           f"of applications, {len(scores)} scores; open {output.resolve().as_uri()}")
 

@@ -10,7 +10,6 @@ Writes spectrum.png and spectrum.json. Prints the mean of |log10(generated / tru
 an estimate of the sampling error, the same for as many other true images.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments.lib.plots import line_plot, to_bytes
 from experiments.metrics.images import log_ratio, radial_spectrum
 from utils import cli, config
 from utils.errors import UserError
-from utils.files import check_writable, replacing
+from utils.files import check_writable, replacing, write_json
 from utils.images import to_uint8
 
 CONFIG = config.define_config_flag("config", "autoencoder config, for its data set and mollifier")
@@ -48,8 +47,7 @@ def main():
     log_images(*folders)
     rows = [compare(folder, cfg, mollifier, band) for folder in folders]
 
-    with replacing(output / "spectrum.json") as temporary:
-        temporary.write_text(json.dumps({"wavenumbers": [1, band], "sizes": rows}) + "\n", encoding="utf-8")
+    write_json(output / "spectrum.json", {"wavenumbers": [1, band], "sizes": rows})
     with replacing(output / "spectrum.png") as temporary:
         temporary.write_bytes(plot(rows, band))
     for row in rows:

@@ -19,10 +19,13 @@ class Result(NamedTuple):
     err: str
 
 
-def run_script(script, *arguments):
-    """Result of `python <script> <arguments>` from the project's root; an exception it does not handle is raised."""
+def run_script(script, *arguments, out=None):
+    """Result of `python <script> <arguments>` from the project's root; an exception it does not handle is raised.
+
+    out   a text stream for stdout, by default an io.StringIO
+    """
     known, path, argv = set(flags.FLAGS), list(sys.path), sys.argv
-    out, err = io.StringIO(), io.StringIO()
+    out, err = out or io.StringIO(), io.StringIO()
     sys.argv = [script, *map(str, arguments)]
     code = 0
     try:

@@ -51,6 +51,12 @@ def read_json(path):
     return found if isinstance(found, dict) else {}
 
 
+def write_json(path, data):
+    """Write plain data as an indented JSON file, which appears whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
 def sync_folder(path):
     """Flush the names in a folder to disk, as os.fsync does with the contents of a file."""
     if os.name == "nt":  # Windows cannot flush folders

@@ -24,7 +24,7 @@ from models.build import build_decoder, build_encoder
 from utils import config
 from utils.device import ROOT, autocast
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import write_json
 from utils.logging import read_metrics, seconds_per_step, training_seconds
 from utils.shutdown import Stopped
 
@@ -138,8 +138,7 @@ def steps_in(minutes, variant_config, changes, arguments):
         return None
     steps = max(1, round(60 * minutes / seconds_per_step(read_metrics(folder / "metrics.jsonl"))))
     shutil.rmtree(folder)
-    with replacing(record) as temporary:
-        temporary.write_text(json.dumps({"minutes": minutes, "steps": steps}) + "\n")
+    write_json(record, {"minutes": minutes, "steps": steps})
     return steps
 
 

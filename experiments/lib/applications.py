@@ -1,7 +1,5 @@
 """What the applications of a trained autoencoder share: input images, result folders, a grid, and a file of scores."""
 
-import json
-
 import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -15,7 +13,7 @@ from models.load import latent_path
 from utils import config
 from utils.checkpoint import identity
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import write_json
 
 SHOWN = 8  # rows of grid.png
 
@@ -74,9 +72,7 @@ def save_batch(folders, indices, images):
 
 def write_scores(output, scores, settings, cfg):
     """Write <output>/scores.json: the scores, the settings that they were obtained with, and the name of the run."""
-    found = {**scores, "settings": {**settings, "experiment": cfg.run.experiment}}
-    with replacing(output / "scores.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "scores.json", {**scores, "settings": {**settings, "experiment": cfg.run.experiment}})
 
 
 def write_grid(output, folders):

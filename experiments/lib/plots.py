@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 
 import matplotlib
 import matplotlib.pyplot as plt
 
-from utils.files import replacing
+from utils.files import replacing, write_json
 
 matplotlib.use("Agg")  # needs no display
 
@@ -61,9 +60,9 @@ def write_results(folder, rows, columns, panels):
     columns   {heading: row -> text} of the Markdown table; the first two name the rows of the plot
     panels    {title: row -> (value, error) or None} of the plot
     """
-    for suffix, content in (("json", json.dumps(rows, indent=2) + "\n"), ("md", markdown(rows, columns))):
-        with replacing(folder / f"results.{suffix}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_json(folder / "results.json", rows)
+    with replacing(folder / "results.md") as temporary:
+        temporary.write_text(markdown(rows, columns), encoding="utf-8")
     with replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
