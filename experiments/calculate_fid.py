@@ -4,10 +4,9 @@ r"""Scores samples against real images: Fréchet distance (FID, FID_CLIP), KID, 
     python experiments/calculate_fid.py --config configs/ffhq_latent_config.py \
         --decoder_config configs/ffhq_256_config.py
 
-With --samples a folder is scored; without it a trained pair of models, whose samples are made first, where and as
-generate_samples.py makes them. The paper's protocol is the default: 50,000 samples by 100 steps of DDIM, real images
-that are never flipped, CLIP ViT-B/32 features. What was compared is printed, with all that departs from the paper's.
-Without the CLIP weights, --feature_model=efficientnet_lite0 works offline; its figure is not a FID.
+--samples names the folder to score. Without it, samples of a trained pair of models are made first, as
+generate_samples.py makes them. The defaults are the paper's protocol; all departures from it are printed. Without the
+CLIP weights, --feature_model=efficientnet_lite0 works offline, but its score is not comparable with any FID.
 """
 
 import json
@@ -25,36 +24,36 @@ from configs.defaults import autoencoder_config
 from data.datasets import build_dataset, log_images, reading
 from experiments.lib.image_folders import SampleFolder
 from experiments.lib.sampling import define_sampling_flags, make_samples
-from experiments.metrics import fid as protocol
 from experiments.metrics.features import NETWORKS, build_feature_model
-from experiments.metrics.fid import MIN_IMAGES, compare
+from experiments.metrics.fid import MIN_IMAGES, compare, departures, describe, paper_split, summary
 from utils import cli, config, distributed
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.files import check_output_file, replacing
 
-FEW = 10_000  # images below which a Fréchet distance is clearly too high
+FEW = 10_000  # with fewer images the bias of the Fréchet distance is large
 
 CONFIG = config.define_config_flag("config", "stage-1 config, whose data set is the real images, or a latent config")
-DECODER_CONFIG = config.define_config_flag("decoder_config", "stage-1 config, where --config is a latent one")
-SAMPLES = flags.DEFINE_string("samples", None, "folder of the images to score; default: they are made")
+DECODER_CONFIG = config.define_config_flag("decoder_config", "stage-1 config, if --config is a latent config")
+SAMPLES = flags.DEFINE_string("samples", None, "folder of the images to score; default: make samples")
 OPTIONS = define_sampling_flags()
-REAL = flags.DEFINE_string("real", None, "folder of the real images, in place of a config's data set")
-SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout", "all"], "which real images of the config's data set")
-REAL_SIZE = flags.DEFINE_string("real_img_size", None, "pixels of a side of the real images, or HEIGHTxWIDTH; default: "
-                                "data.img_size, or that of the samples with --real or --crops")
-FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS),
-                                  "network whose features are compared")
+REAL = flags.DEFINE_string("real", None, "folder of the real images, instead of a config's data set")
+SPLIT = flags.DEFINE_enum("split", None, ["train", "heldout", "all"], "real images of the config's data set; default: "
+                          "the paper's, all of ffhq and train of other data sets")
+REAL_SIZE = flags.DEFINE_string("real_img_size", None, "size of the real images in pixels, SIDE or HEIGHTxWIDTH; "
+                                "default: data.img_size, or with --real or --crops that of the samples")
+FEATURE_MODEL = flags.DEFINE_enum("feature_model", "clip_vit_b_32", list(NETWORKS), "network that computes features")
+flags.DEFINE_alias("model", "feature_model")
 WEIGHTS = flags.DEFINE_string("weights", None, "file with the weights of the feature network")
-DOWNLOAD = flags.DEFINE_bool("download", False, "download the weights if they are not on this machine")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "how many samples, the first by name; default: all in the "
-                                   "folder, or data.fid_samples where they are made", lower_bound=1)
-CROPS = flags.DEFINE_integer("crops", None, "compare so many random crops of both sides at full resolution, instead of "
-                             "resized images", lower_bound=MIN_IMAGES)
-CROP_SIZE = flags.DEFINE_integer("crop_size", None, "side of a crop; default: that of the network", lower_bound=16)
+DOWNLOAD = flags.DEFINE_bool("download", False, "download the weights if they are missing")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "number of samples, the first by name; default: all in the "
+                                   "folder, or data.fid_samples to make", lower_bound=1)
+CROPS = flags.DEFINE_integer("crops", None, "number of random crops at full resolution to compare, instead of resized "
+                             "images", lower_bound=MIN_IMAGES)
+CROP_SIZE = flags.DEFINE_integer("crop_size", None, "side of a crop; default: the network's input size", lower_bound=16)
 NEIGHBOURS = flags.DEFINE_integer("neighbours", 3, "k of precision and recall", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images in a batch", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "also write the scores to this JSON file")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "batch size of the network", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the scores")
 
 
 def main():
@@ -62,6 +61,9 @@ def main():
     latent, autoencoder = read_configs()
     run, data = (latent or autoencoder).run, autoencoder.data
     given = SampleFolder(SAMPLES.value, NUM_SAMPLES.value, **reading(data)) if SAMPLES.value else None
+    if given and len(given) < (NUM_SAMPLES.value or 0):
+        raise UserError(f"--num_samples={NUM_SAMPLES.value}, but --samples={SAMPLES.value} has only {len(given)} "
+                        "images; make more or lower it")
     model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value)
     crop_size = CROP_SIZE.value or model.size
     size = given.size if given else config.parse_image_size(OPTIONS.size.value, data.img_size)
@@ -75,28 +77,34 @@ def main():
                     BATCH_SIZE.value, min(data.num_workers, os.cpu_count() or 1))
     if not distributed.is_main():
         return
-    report({"score": ("crop-" if CROPS.value else "") + model.score_name, "value": found.pop("frechet"),
-            "num_samples": found.pop("count_a"), "num_real_images": found.pop("count_b"),
-            "samples": str(samples.folder), "size": list(size), "sampling": samples.settings, **found})
+    record = {"score": ("crop-" if CROPS.value else "") + model.score_name, "value": found.pop("frechet"),
+              "num_samples": found.pop("count_a"), "num_real_images": found.pop("count_b"),
+              "samples": str(samples.folder), "size": list(size), "sampling": samples.settings, **found}
+    record["unlike_the_paper"] = departures(record)
+    if OUTPUT.value is not None:
+        with replacing(OUTPUT.value) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(summary(record))
+    print(f"protocol: {describe(record)}")
 
 
 def check_flags():
-    """Mistakes that show before anything is read."""
+    """UserError for flags that do not go together."""
     if SAMPLES.value and OPTIONS.given():
         raise UserError(f"--{OPTIONS.given()[0]} is for making samples, but --samples names a folder; leave one out")
     if REAL.value and not Path(REAL.value).is_dir():
         raise UserError(f"--real={REAL.value} is not a folder; give the folder with the real images")
     if REAL.value and SPLIT.present:
-        raise UserError("--split chooses images of a config's data set; with --real all images of the folder are used")
+        raise UserError("--split selects images of a config's data set; with --real all images of the folder are used")
     if CROP_SIZE.value and not CROPS.value:
-        raise UserError(f"--crop_size={CROP_SIZE.value} is of crops only; give their number with --crops")
+        raise UserError(f"--crop_size={CROP_SIZE.value} needs --crops, the number of crops")
     if CROPS.value and REAL_SIZE.value:
-        raise UserError("--crops compares images of one resolution, that of the samples; leave out --real_img_size")
+        raise UserError("--crops compares images at the resolution of the samples; leave out --real_img_size")
     check_output_file(OUTPUT.value, "output")
 
 
 def read_configs():
-    """(latent config or None, autoencoder config), from whichever of the flags were given."""
+    """(latent config or None, autoencoder config)."""
     latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if not SAMPLES.value and (autoencoder is None or latent is None and autoencoder.model.z_dim):
         raise UserError("--samples is missing; give a folder, or --config and --decoder_config to make the samples")
@@ -107,8 +115,9 @@ def read_configs():
 
 
 def real_images(data, sample_size):
-    """Data sets of the chosen split, or of all of --real, at the size to compare them at."""
-    parts = {"train": [True], "heldout": [False], "all": [True, False]}["all" if REAL.value else SPLIT.value]
+    """Data sets of the selected split, or of all images in --real, at the size at which they are compared."""
+    split = "all" if REAL.value else SPLIT.value or paper_split(data.name)
+    parts = {"train": [True], "heldout": [False], "all": [True, False]}[split]
     settings, size = ConfigDict({"data": data}), sample_size if REAL.value or CROPS.value else None
     if REAL.value:
         settings.data.update(name="folder", root_dir=REAL.value)
@@ -118,7 +127,7 @@ def real_images(data, sample_size):
 
 
 def check_images(num_samples, sample_size, real, crop_size):
-    """Refuses too few and too small images; warns where a comparison would mislead."""
+    """UserError for too few or too small images; warnings if a comparison would mislead."""
     if num_samples < (NUM_SAMPLES.value or 0):
         raise UserError(f"--num_samples={NUM_SAMPLES.value} but --samples={SAMPLES.value} has only {num_samples} "
                         "images; make more, or lower it")
@@ -133,19 +142,8 @@ def check_images(num_samples, sample_size, real, crop_size):
         logging.warning("samples are %dx%d but real images %dx%d, data.img_size of the stage-1 config; --real_img_size "
                         "sets another", *sample_size, *real_size)
     if min(num_samples, num_real) < FEW:
-        logging.warning("%d samples and %d real images: below %d the distance is biased upwards; compare it only with "
-                        "scores of as many images", num_samples, num_real, FEW)
-
-
-def report(found):
-    """Scores and protocol on stdout, and the JSON file where --output asks for it."""
-    found["unlike_the_paper"] = protocol.departures(found)
-    print("{score} {value:.2f} ({num_samples} samples, {num_real_images} real images) · KID {kid:.4f} ± "
-          "{kid_standard_error:.4f} · precision {precision:.3f} · recall {recall:.3f}".format(**found))
-    print(f"protocol: {protocol.describe(found)}")
-    if OUTPUT.value is not None:
-        with replacing(OUTPUT.value) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+        logging.warning("%d samples and %d real images: below %d the Fréchet distance is biased upwards; compare it "
+                        "only with scores of equally many images", num_samples, num_real, FEW)
 
 
 if __name__ == "__main__":

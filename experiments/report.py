@@ -21,10 +21,11 @@ from configs.defaults import autoencoder_config, latent_config
 from data.datasets import build_dataset
 from experiments.lib import report_sections
 from experiments.lib.html_report import paragraph
+from experiments.metrics import fid
 from models.load import autoencoder_path, latent_path
 from utils import cli, config
 from utils.errors import UserError
-from utils.files import check_output_file, read_json, replacing
+from utils.files import check_output_file, replacing
 
 CONFIG = config.define_config_flag("config", "latent config, or config of an autoencoder alone")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the autoencoder of a latent --config")
@@ -50,8 +51,8 @@ def main():
     folders = find_folders(autoencoder, latent)
     samples, reconstructions = report_sections.find_images(folders)
     applications = report_sections.find_applications(folders, autoencoder)
-    scores = [found for folder in folders for path in sorted(folder.glob("*.json"))
-              if "kid" in (found := read_json(path))]
+    scores = [record for folder in folders for path in sorted(folder.glob("*.json"))
+              if (record := fid.read_record(path))]
     defaults = [latent_config() if run is latent else autoencoder_config(run.data.img_size) for run in runs]
     body = "".join([
         summary(autoencoder, latent),

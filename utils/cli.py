@@ -28,6 +28,9 @@ def run(main, shared=False, several=()):
     for module, defined in flags.FLAGS.flags_by_module_dict().items():  # for --help, which lists the script's own flags
         for flag in defined if not module.startswith("absl.") else ():
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    for stream in (sys.stdout, sys.stderr):  # never fail at a character that the encoding of the terminal lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         distributed.start()
         if not shared and distributed.world_size() > 1:

@@ -160,8 +160,8 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
             return torch.zeros(len(indices), 0, device=autoencoder.device)
     else:
         draw_latents = latent_source(cfg, autoencoder, options.latent_sampler.value, options.latent_steps.value)
-        settings |= {"latent_sampler": options.latent_sampler.value, "latent_steps": options.latent_steps.value,
-                     "latent_model": identity(latent_path(cfg))}
+        settings |= {"latent_sampler": options.latent_sampler.value, "latent_model": identity(latent_path(cfg)),
+                     "latent_steps": options.latent_steps.value or cfg.diffusion.steps}
 
     folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings)
     for indices, progress in folder.missing_batches(own.train.sample_size, options.steps.value):

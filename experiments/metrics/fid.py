@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from experiments.metrics.features import PREPROCESSING_VERSION, Crops, extract
 from experiments.metrics.precision_recall import precision_recall
 from utils import distributed
-from utils.files import replacing
+from utils.files import read_json, replacing
 
 MIN_IMAGES = 4  # two subsets of two images, the fewest for a standard error of KID
 KERNEL_FEATURES = 50_000  # feature vectors that a Statistics keeps
@@ -205,33 +205,72 @@ def compare(samples, real, model, cache, crops=None, crop_size=None, neighbours=
     scores = score(sample_statistics, real_statistics)
     scores["precision"], scores["recall"] = precision_recall(sample_statistics.features, real_statistics.features,
                                                              neighbours, model.device)
-    return {**scores, "neighbours": neighbours, "real_images": [part.describe() for part in real], **key}
+    split = "all" if len(real) > 1 else "train" if real[0].train else "heldout"
+    return {**scores, "neighbours": neighbours, "real": {"name": real[0].name, "split": split, "size": list(size)},
+            "real_images": [part.describe() for part in real], "flips": False, **key}
 
 
-PAPER = {"num_samples": 50_000, "sampler": "ddim", "steps": 100, "eta": 0.0, "feature_model": "clip_vit_b_32",
-         "crops": None}
-WORDS = {"num_samples": "{} samples", "sampler": "{}", "steps": "{} steps", "eta": "eta {}",
-         "feature_model": "features of {}", "crops": "crops"}
-UNKNOWN = "made in an unknown way"
+PAPER_SIZES = {"celeba": (64, 128), "ffhq": (128, 256), "churches": (256,)}  # data.name -> resolutions of the paper
+PAPER_SAMPLING = {"sampler": "ddim", "steps": 100, "eta": 0.0, "inv_snr": 0.05, "window": None,
+                  "latent_sampler": "ddpm", "latent_steps": 1000}  # settings.json of the samples
 
 
-def describe(facts):
-    """One line about the protocol of facts: num_samples, size [H, W] of the samples, sampling (settings of their
-    folder, {} where it has none), real_images (lines that describe them), feature_model, crops (their number or None)
-    and crop_size."""
-    made, (height, width), differences = facts["sampling"], facts["size"], departures(facts)
-    how = f" by {made['sampler']} in {made['steps']} steps" if "sampler" in made else f", {made.get('what', UNKNOWN)}"
-    cut = f"{facts['crops']} crops of {facts['crop_size']}² of each; " if facts["crops"] else ""
-    return (f"{facts['num_samples']} samples of {height}x{width}{how}; {' and '.join(facts['real_images'])}; "
-            f"{cut}8 bits, not flipped; features of {facts['feature_model']}; "
+def paper_split(name):
+    """The real images of the paper's scores: "all" of FFHQ, the "train" part of other data sets."""
+    return "all" if name == "ffhq" else "train"
+
+
+def departures(record):
+    """Phrases for all facts of a record of calculate_fid.py that are not those of the paper (docs/paper.md).
+
+    Samples whose settings are unknown depart in one phrase.
+    """
+    made, real = record["sampling"], record["real"]
+    size, real_size, name = tuple(record["size"]), tuple(real["size"]), real["name"]
+    known, sides = "sampler" in made, PAPER_SIZES.get(name)
+    facts = [
+        (record["num_samples"] == 50_000, f"{record['num_samples']} samples"),
+        (sides is None or size in zip(sides, sides, strict=True), "samples of {}x{}".format(*size)),
+        (known, made.get("what", "an unknown sampler")),
+        *((not known or made.get(setting) == value, f"{setting}={made.get(setting)}")
+          for setting, value in PAPER_SAMPLING.items()),
+        (sides is not None, f"real images of {name}"),
+        (sides is None or real["split"] == paper_split(name), f"split={real['split']}"),
+        (name != "ffhq" or record["num_real_images"] == 70_000, f"{record['num_real_images']} real images"),
+        (real_size == size, "real images of {}x{}".format(*real_size)),
+        (record["feature_model"] == "clip_vit_b_32", f"features of {record['feature_model']}"),
+        (record["crops"] is None, "crops instead of resized images"),
+        (not record["flips"], "flipped real images"),
+    ]
+    return [phrase for is_the_papers, phrase in facts if not is_the_papers]
+
+
+def summary(record):
+    """The scores of a record of calculate_fid.py, in one line."""
+    return ("{score} {value:.2f} ({num_samples} samples, {num_real_images} real images) · KID {kid:.4f} ± "
+            "{kid_standard_error:.4f} · precision {precision:.3f} · recall {recall:.3f}".format(**record))
+
+
+def describe(record):
+    """The protocol of a record of calculate_fid.py in one line, with every departure from the paper's."""
+    made, differences = record["sampling"], departures(record)
+    how = made.get("what", "made in an unknown way")
+    if "sampler" in made:
+        how = f"by {made['sampler']} in {made.get('steps')} steps"
+    if "latent_sampler" in made:
+        how += f" from latents by {made['latent_sampler']} in {made.get('latent_steps')} steps"
+    crops = f"{record['crops']} crops of {record['crop_size']}² of each; " if record["crops"] else ""
+    return ("{} samples of {}x{}, ".format(record["num_samples"], *record["size"])
+            + f"{how}; {' and '.join(record['real_images'])}; {crops}8 bits, "
+            + f"{'' if record['flips'] else 'not '}flipped; features of {record['feature_model']}; "
             + (f"not the paper's, with {', '.join(differences)}" if differences else "the paper's"))
 
 
-def departures(facts):
-    """Phrases for where facts (see describe) differ from 50,000 samples by 100 steps of DDIM in CLIP ViT-B/32 features.
-
-    That samples were made in an unknown way is a difference.
-    """
-    unknown = {**PAPER, "sampler": facts["sampling"].get("what", "an unknown sampler")}
-    found = {**unknown, **facts["sampling"], **facts}
-    return [WORDS[name].format(found[name]) for name, value in PAPER.items() if found[name] != value]
+def read_record(path):
+    """The record that calculate_fid.py wrote to a JSON file; None if the file holds anything else."""
+    record = read_json(path)
+    try:
+        summary(record), describe(record)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    return record

@@ -1,6 +1,7 @@
 """The command line, end to end. The script is imported once; every call of it runs in a fork of that process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+
+from experiments.metrics.fid import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -139,7 +142,7 @@ def test_scores_against_the_data_set_of_a_config(run, config, samples, tmp_path)
     result = run("--config", config, "--samples", samples, "--output", tmp_path / "new" / "scores.json")
     distance, num_samples, num_real, kid, error, precision, recall = check_line(result)
     assert distance > 10 and num_samples == 6 and num_real == 7  # one of the eight is held out
-    assert "6 samples and 7 real images: below 10000 the distance is biased" in result.err
+    assert "6 samples and 7 real images: below 10000 the Fréchet distance is biased" in result.err
     assert "img/s" in result.err and "32x32" not in result.err
     record = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert record["score"] == "FD_efficientnet_lite0" and record["value"] == pytest.approx(distance, abs=0.006)
@@ -156,9 +159,9 @@ def test_the_protocol_is_printed_with_what_departs_from_the_papers(run, config, 
     assert run(*command).out.splitlines()[1] == (
         "protocol: 6 samples of 32x32, made in an unknown way; folder: 7 training images of 32x32, 3 channels, "
         f"{samples.parent / 'real'}; 8 bits, not flipped; features of efficientnet_lite0; not the paper's, with 6 "
-        "samples, an unknown sampler, features of efficientnet_lite0")
-    (samples / "settings.json").write_text(json.dumps({"sampler": "ddim", "steps": 100, "eta": 0.0}))
-    assert run(*command).out.endswith("not the paper's, with 6 samples, features of efficientnet_lite0\n")
+        "samples, an unknown sampler, real images of folder, features of efficientnet_lite0")
+    (samples / "settings.json").write_text(json.dumps({"sampler": "ddim", "steps": 20}))
+    assert "6 samples, steps=20, eta=None, " in run(*command).out
 
 
 def test_precision_and_recall_of_the_same_images_are_one(run, real):
@@ -219,7 +222,7 @@ def test_crops_see_what_resizing_removes(run, tmp_path):
     assert crops[1:3] == [12, 12] and crops[0] > 10
     record = json.loads((tmp_path / "working" / "scores.json").read_text())
     assert record["score"] == "crop-FD_efficientnet_lite0" and record["crops"] == 12 and record["crop_size"] == 24
-    assert "crops" in record["unlike_the_paper"] and record["size"] == [80, 80]
+    assert "crops instead of resized images" in record["unlike_the_paper"] and record["size"] == [80, 80]
     assert check_line(run("--samples", real, "--real", real, "--crops", 12, "--crop_size", 24), line)[0] == 0
 
 
@@ -240,6 +243,28 @@ def test_splits(run, config, samples):
     for split, count in [("train", 7), ("all", 8)]:
         assert check_line(run("--config", config, "--samples", samples, "--split", split))[2] == count
     check_refused(run("--config", config, "--samples", samples, "--split", "heldout"), "1 real images are too few")
+
+
+def test_the_default_split_is_the_papers(run, config, samples):
+    """All images of FFHQ, the training part of other data sets; --model is another name of --feature_model."""
+    for name, count in [("ffhq", 8), ("celeba", 7)]:
+        command = ("--config", config, f"--config.data.name={name}", "--samples", samples)
+        result = run(*command, "--model", "efficientnet_lite0", model="inception_v3")
+        assert check_line(result)[2] == count and "split=" not in result.out
+
+
+@pytest.mark.parametrize("encoding, stdout, code", [("ascii", None, 0), ("cp932", None, 0), ("utf-8", "/dev/full", 1)])
+def test_scores_are_written_whatever_happens_to_the_output(samples, real, tmp_path, encoding, stdout, code):
+    """A terminal without "·" and "±", and an output that cannot be written."""
+    command = [sys.executable, ROOT / "experiments" / "calculate_fid.py", "--feature_model=efficientnet_lite0",
+               "--samples", samples, "--real", real, "--output=scores.json"]
+    with open(stdout or tmp_path / "stdout", "w") as out:
+        result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding}, stdout=out,
+                                stderr=subprocess.PIPE)
+    assert result.returncode == code and b"Traceback" not in result.stderr, result.stderr
+    record = read_record(tmp_path / "scores.json")
+    assert record["num_samples"] == 6
+    assert stdout or f"{record['value']:.2f}" in (tmp_path / "stdout").read_text(encoding)
 
 
 def test_the_first_samples_by_name(run, config, real, samples, tmp_path):
@@ -277,12 +302,12 @@ def test_mistakes(run, config, samples, real, tmp_path):
     check_refused(run("--samples", samples, "--config", tmp_path / "none.py"), "--config=.*none.py could not be loaded")
     check_refused(run(*command, tmp_path / "nowhere"), "is not a folder")
     check_refused(run("--samples", samples, "--real", tmp_path / "nowhere"), "--real=.* is not a folder")
-    check_refused(run(*command, samples, "--num_samples", 7), "num_samples=7 .* only 6 images")
+    check_refused(run(*command, samples, "--num_samples", 7), "--num_samples=7, but .* only 6 images")
     check_refused(run(*command, samples, "--num_samples", 3), "3 samples are too few for a score; at least 4")
     check_refused(run(*command, samples, "--num_samples", 0), "num_samples")
     check_refused(run(*command, samples, "--split", "test"), "split")
     check_refused(run(*command, samples, "--sampling_steps", 5), "--sampling_steps is for making samples")
-    check_refused(run(*command, samples, "--crop_size", 16), "--crop_size=16 is of crops only")
+    check_refused(run(*command, samples, "--crop_size", 16), "--crop_size=16 needs --crops")
     check_refused(run(*command, samples, "--crops", 9, "--real_img_size", 16), "leave out --real_img_size")
     check_refused(run(*command, samples, "--real_img_size", "small"), "--real_img_size=small must be")
     check_refused(run(*command, samples, "--neighbours", 0), "neighbours")

@@ -1,5 +1,7 @@
 """Distances against clean-fid and closed forms, cached statistics, a whole comparison, and the protocol."""
 
+import json
+
 import cleanfid.fid
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from experiments.metrics.fid import (
     frechet_distance,
     kernel_distance,
     kid,
+    read_record,
     score,
     statistics,
 )
@@ -387,6 +390,7 @@ def test_the_record_says_what_was_compared(run, tmp_path):
     assert found["count_a"] == found["count_b"] == 25 and (found["crops"], found["crop_size"]) == (25, 10)
     assert (found["feature_model"], found["device"]) == ("tiny", "cpu")
     assert "40 training images of 24x24" in found["real_images"][0]
+    assert found["real"] == {"name": "folder", "split": "train", "size": [24, 24]} and found["flips"] is False
     whole = run()
     assert whole["count_a"] == 40 and whole["crops"] is whole["crop_size"] is None
     assert len(list(tmp_path.iterdir())) == 2  # statistics of crops are not taken for those of images
@@ -394,27 +398,69 @@ def test_the_record_says_what_was_compared(run, tmp_path):
 
 # -- the protocol --
 
-PAPER = {"num_samples": 50_000, "size": [256, 256], "real_images": ["ffhq: 66500 training images of 256x256"],
-         "sampling": {"sampler": "ddim", "steps": 100, "eta": 0.0, "size": [256, 256]},
-         "feature_model": "clip_vit_b_32", "crops": None, "crop_size": None}
+PAPER = {"score": "FID_CLIP", "value": 3.87, "kid": 0.001, "kid_standard_error": 0.0001, "precision": 0.7,
+         "recall": 0.5, "samples": "samples/ffhq", "num_samples": 50_000, "num_real_images": 70_000, "size": [256, 256],
+         "real": {"name": "ffhq", "split": "all", "size": [256, 256]},
+         "real_images": ["ffhq: 66500 training images of 256x256", "ffhq: 3500 held-out images of 256x256"],
+         "sampling": {"sampler": "ddim", "steps": 100, "eta": 0.0, "inv_snr": 0.05, "window": None,
+                      "latent_sampler": "ddpm", "latent_steps": 1000},
+         "feature_model": "clip_vit_b_32", "crops": None, "crop_size": None, "flips": False}
+CHURCHES = {**PAPER, "num_real_images": 126_227, "real": {"name": "churches", "split": "train", "size": [256, 256]}}
 
 
-def test_the_papers_protocol_departs_in_nothing():
-    assert departures(PAPER) == []
-    assert describe(PAPER) == ("50000 samples of 256x256 by ddim in 100 steps; ffhq: 66500 training images of 256x256; "
-                               "8 bits, not flipped; features of clip_vit_b_32; the paper's")
+def changed(record, fact, value):
+    """The record with another value of a fact, which may be one of `sampling` or `real`."""
+    section, _, name = fact.rpartition(".")
+    return {**record, section: {**record[section], name: value}} if section else {**record, name: value}
 
 
-def test_every_departure_is_named():
-    other = {**PAPER, "num_samples": 1000, "sampling": {"sampler": "ddim", "steps": 50, "eta": 0.5},
-             "feature_model": "inception_v3", "crops": 2000, "crop_size": 299}
-    assert departures(other) == ["1000 samples", "50 steps", "eta 0.5", "features of inception_v3", "crops"]
-    assert "2000 crops of 299² of each" in describe(other)
+@pytest.mark.parametrize("record", [PAPER, CHURCHES])
+def test_the_papers_protocol_departs_in_nothing(record):
+    assert departures(record) == [] and describe(record).endswith("features of clip_vit_b_32; the paper's")
 
 
-def test_an_unknown_origin_is_one_departure():
-    unknown = {**PAPER, "sampling": {}}
-    assert departures(unknown) == ["an unknown sampler"]
-    assert "made in an unknown way" in describe(unknown)
-    noise = {**PAPER, "sampling": {"what": "noise"}}
-    assert departures(noise) == ["noise"] and "50000 samples of 256x256, noise; ffhq" in describe(noise)
+def test_the_protocol_is_described():
+    assert describe(PAPER) == (
+        "50000 samples of 256x256, by ddim in 100 steps from latents by ddpm in 1000 steps; ffhq: 66500 training "
+        "images of 256x256 and ffhq: 3500 held-out images of 256x256; 8 bits, not flipped; features of clip_vit_b_32; "
+        "the paper's")
+
+
+@pytest.mark.parametrize("record, fact, value, phrases", [
+    (PAPER, "num_samples", 10_000, ["10000 samples"]),
+    (PAPER, "size", [1024, 1024], ["samples of 1024x1024", "real images of 256x256"]),
+    (PAPER, "sampling.sampler", "dpm_solver", ["sampler=dpm_solver"]),
+    (PAPER, "sampling.steps", 20, ["steps=20"]),
+    (PAPER, "sampling.eta", 0.5, ["eta=0.5"]),
+    (PAPER, "sampling.inv_snr", 0.1, ["inv_snr=0.1"]),
+    (PAPER, "sampling.window", [[0, 9], [0, 9]], ["window=[[0, 9], [0, 9]]"]),
+    (PAPER, "sampling.latent_sampler", "ddim", ["latent_sampler=ddim"]),
+    (PAPER, "sampling.latent_steps", 20, ["latent_steps=20"]),
+    (PAPER, "sampling", {}, ["an unknown sampler"]),
+    (PAPER, "sampling", {"what": "noise"}, ["noise"]),
+    (PAPER, "real.name", "folder", ["real images of folder"]),
+    (PAPER, "real.split", "train", ["split=train"]),
+    (CHURCHES, "real.split", "all", ["split=all"]),
+    (PAPER, "num_real_images", 3500, ["3500 real images"]),
+    (PAPER, "real.size", [128, 128], ["real images of 128x128"]),
+    (PAPER, "feature_model", "inception_v3", ["features of inception_v3"]),
+    (PAPER, "crops", 2000, ["crops instead of resized images"]),
+    (PAPER, "flips", True, ["flipped real images"]),
+])
+def test_every_departure_is_named(record, fact, value, phrases):
+    other = changed(record, fact, value)
+    assert departures(other) == phrases
+    assert describe(other).endswith(f"not the paper's, with {', '.join(phrases)}")
+
+
+def test_only_records_of_scores_are_read(tmp_path):
+    """Files of other origin, and scores without facts that the protocol needs, are none."""
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(PAPER))
+    assert read_record(path) == PAPER
+    others = ["", "[]", "3", "{", '{"kid": 0.1}', json.dumps({**PAPER, "kid": "low"}),
+              *(json.dumps({name: value for name, value in PAPER.items() if name != missing}) for missing in
+                ("kid", "sampling", "real", "num_real_images", "flips"))]
+    for text in others:
+        path.write_text(text)
+        assert read_record(path) is None, text
