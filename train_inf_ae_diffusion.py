@@ -112,7 +112,7 @@ def main():
                       source=f"{train_set.fingerprint()} {heldout.fingerprint()}")
     trainer.train(
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
-                                              num_workers=cfg.data.num_workers, device=device, augment=train_set.flips,
+                                              num_workers=cfg.data.num_workers, device=device,
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=functools.partial(pictures, dataset=shown, cfg=cfg, device=device,

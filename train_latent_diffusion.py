@@ -43,7 +43,7 @@ def latent_batches(latents, cfg, start_step):
     device = latents.device
     batch_size = cfg.train.batch_size
     for positions in training_positions(batch_size, start_step, cfg.train.accumulation_steps):
-        items = [training_item(len(latents), cfg.run.seed, position, augment=False)[0] for position in positions]
+        items = [training_item(len(latents), cfg.run.seed, position)[0] for position in positions]
         first = positions.start % batch_size
         yield LatentBatch(latents[torch.tensor(items).to(device, non_blocking=True)], slice(first, first + len(items)))
 
@@ -99,9 +99,8 @@ def main():
     autoencoder = load_autoencoder(decoder_cfg, device)
     encoder, dtype = autoencoder["encoder"], resolve_dtype(decoder_cfg.train, device)
     datasets = build_dataset(decoder_cfg, train=True), build_dataset(decoder_cfg, train=False)
-    count, both = len(datasets[0]), datasets[0].flips
-    config.check_batch_fits(cfg, 2 * count if both else count,
-                            "latents, of images and their mirror images," if both else "latents")
+    orientations = len(datasets[0].orientations)
+    config.check_batch_fits(cfg, len(datasets[0]) * orientations, f"latents ({orientations} per image)")
     log_images(*datasets)
     key = latents_key(encoder, dtype, *datasets)
 

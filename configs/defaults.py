@@ -25,7 +25,7 @@ def autoencoder_config(img_size):
     run.seed = 0
 
     config.data = data = ConfigDict()
-    data.name = "photos"  # photos, folder, ffhq, celeba, churches, function
+    data.name = "photos"  # photos, tissue, folder, ffhq, celeba, churches, function
     data.root_dir = ""
     data.function = ""  # for name=function: module:attribute of a callable; the module is imported, so its code runs
     data.num_functions = 10_000  # training set: functions 0, 1, …

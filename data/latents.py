@@ -1,4 +1,4 @@
-"""The training set of the latent model: every image and its mirror image, encoded once and cached on disk."""
+"""The training set of the latent model: every image in all its orientations, encoded once and cached on disk."""
 
 import hashlib
 import time
@@ -36,7 +36,7 @@ def latents_key(encoder, dtype, *datasets):
 
 
 def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, num_workers=0):
-    """Latents of both sets and, if a data set `flips`, of their mirror images.
+    """Latents of both sets in all `orientations` of the data set.
 
     They come from the cache at `path` if it was written under `key` (of latents_key); otherwise every rank encodes a
     part of them. encode maps images [B, C, H, W] to latents [B, Z].
@@ -100,13 +100,12 @@ def _read(path, key):
 
 
 def _encode_all(encode, dataset, batch_size, device, num_workers, name, part):
-    latents, title = [], f"encoding {name} images"
-    sides = (False, True) if dataset.flips else (False,)
-    with tqdm(total=len(sides) * len(dataset), desc=title, unit="image", disable=not distributed.is_main()) as progress:
-        for mirrored in sides:
-            own = part.batches(f"{name}, mirrored" if mirrored else name)
+    latents, total = [], len(dataset.orientations) * len(dataset)
+    with tqdm(total=total, desc=f"encoding {name} images", unit="image", disable=not distributed.is_main()) as progress:
+        for orientation in dataset.orientations:
+            own = part.batches(f"{name} {orientation}")
             progress.update(sum(map(len, own)) * distributed.world_size())
-            for images, _ in all_batches(dataset, batch_size, device, num_workers, mirrored, True, len(own)):
+            for images, _ in all_batches(dataset, batch_size, device, num_workers, orientation, True, len(own)):
                 own.append(encode(images).float().cpu())
                 progress.update(len(images) * distributed.world_size())
                 part.keep()

@@ -1,7 +1,7 @@
 """Batches of a data set, read ahead by worker processes.
 
 The training stream is a pure function of (seed, position). Position p lies in epoch p // N and shows the item
-permutation(seed, epoch)[p % N], mirrored or not by a coin of (seed, epoch, item). The number of workers, the number of
+permutation(seed, epoch)[p % N] in an orientation drawn from (seed, epoch, item). The number of workers, the number of
 ranks and interruptions do not affect it. Step s trains on positions s · batch_size to (s + 1) · batch_size − 1.
 """
 
@@ -21,6 +21,8 @@ from utils.errors import UserError
 from utils.rng import generator, seed_of
 from utils.shutdown import STOP_SIGNALS
 
+UPRIGHT = (0, False)  # the orientation of the image itself
+
 
 class Batch(NamedTuple):
     """images float32 [B, C, H, W] in [-1, 1], and their global sample indices, int64 [B] (on the CPU)."""
@@ -29,10 +31,9 @@ class Batch(NamedTuple):
     index: torch.Tensor
 
 
-def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", augment=True,
-                     accumulation_steps=1):
-    """Yield a `Batch` for each of `training_positions`, endlessly; `augment` mirrors half of the images."""
-    keys = ([(p, *training_item(len(dataset), seed, p, augment)) for p in positions]
+def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", accumulation_steps=1):
+    """Yield a `Batch` for each of `training_positions`, endlessly, in random orientations of the data set."""
+    keys = ([_training_key(dataset, seed, position) for position in positions]
             for positions in training_positions(batch_size, start_step, accumulation_steps))
     for images, index in _load(dataset, keys, num_workers, device):
         yield Batch(images, index)
@@ -52,11 +53,10 @@ def training_positions(batch_size, start_step=0, accumulation_steps=1):
             yield range(part * size, (part + 1) * size)
 
 
-def training_item(count, seed, position, augment):
-    """(item, True to mirror it) at a position of the training stream over `count` items."""
+def training_item(count, seed, position):
+    """(item, epoch) at a position of the training stream over `count` items."""
     epoch, place = divmod(position, count)
-    item = int(_permutation(count, seed, epoch)[place])
-    return item, augment and bool(seed_of(seed, "flip", epoch, item) & 1)
+    return int(_permutation(count, seed, epoch)[place]), epoch
 
 
 @functools.lru_cache(maxsize=4)  # a batch may span epochs
@@ -64,19 +64,27 @@ def _permutation(count, seed, epoch):
     return torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
 
 
-def all_batches(dataset, batch_size, device="cpu", num_workers=0, mirrored=False, divided=False, start=0):
+def _training_key(dataset, seed, position):
+    """(position, item, orientation)."""
+    item, epoch = training_item(len(dataset), seed, position)
+    turns = sorted({turn for turn, _ in dataset.orientations})
+    turn = turns[seed_of(seed, "turn", epoch, item) % len(turns)]
+    return position, item, (turn, dataset.flips and bool(seed_of(seed, "flip", epoch, item) & 1))
+
+
+def all_batches(dataset, batch_size, device="cpu", num_workers=0, orientation=UPRIGHT, divided=False, start=0):
     """Yield (images float32 [B, C, H, W] in [-1, 1], item indices int64 [B]) over the whole set once, in order.
 
-    mirrored   True to mirror every image
-    divided    True to divide the batches between the ranks: a contiguous part each, in the order of ranks
-    start      number of this rank's batches to skip at the beginning
+    orientation  of every image, one of dataset.orientations
+    divided      True to divide the batches between the ranks: a contiguous part each, in the order of ranks
+    start        number of this rank's batches to skip at the beginning
     The last batch may be smaller.
     """
     starts = range(0, len(dataset), batch_size)
     if divided:
         starts = [starts[place] for place in distributed.share(len(starts))]
     starts = starts[start:]
-    keys = ([(i, i, mirrored) for i in range(first, min(first + batch_size, len(dataset)))] for first in starts)
+    keys = ([(i, i, orientation) for i in range(first, min(first + batch_size, len(dataset)))] for first in starts)
     yield from _load(dataset, keys, min(num_workers, len(starts)), device)
 
 
@@ -85,8 +93,15 @@ def to_float(images):
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
+def oriented(image, orientation):
+    """The image [C, H, W], turned and mirrored by orientation = (quarter turns, True to mirror from left to right)."""
+    turns, mirrored = orientation
+    image = torch.rot90(image, turns, (-2, -1))
+    return image.flip(-1) if mirrored else image
+
+
 def _load(dataset, batches_of_keys, num_workers, device):
-    """Yield (images float32 on the device, indices) for each list of (index, item, mirrored)."""
+    """Yield (images float32 on the device, indices) for each list of (index, item, orientation)."""
     device = torch.device(device)
     whole = getattr(dataset, "dataset", dataset)  # the data set behind a torch Subset
     workers = 0 if getattr(whole, "in_memory", False) else num_workers
@@ -96,7 +111,7 @@ def _load(dataset, batches_of_keys, num_workers, device):
 
 
 def _fetch(dataset, keys):
-    images = [_read(dataset, item).flip(-1) if mirrored else _read(dataset, item) for _, item, mirrored in keys]
+    images = [oriented(_read(dataset, item), orientation) for _, item, orientation in keys]
     return torch.stack(images), torch.tensor([index for index, _, _ in keys])
 
 

@@ -8,12 +8,12 @@ from data.datasets.folder import FFHQ, CelebA, Folder
 from data.datasets.functions import Functions
 from data.datasets.lmdb import is_lmdb
 from data.datasets.lsun import Churches
-from data.datasets.photos import Photos
+from data.datasets.photos import Photos, Tissue
 from data.datasets.prepared import Prepared
 from utils import distributed
 from utils.errors import UserError
 
-DATASETS = {dataset.name: dataset for dataset in (Photos, Folder, FFHQ, CelebA, Churches, Functions)}
+DATASETS = {dataset.name: dataset for dataset in (Photos, Tissue, Folder, FFHQ, CelebA, Churches, Functions)}
 
 
 def build_dataset(config, train, img_size=None):

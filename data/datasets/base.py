@@ -26,6 +26,7 @@ class ImageDataset:
 
     name = None  # in the registry
     flips = True  # training also shows mirror images
+    turns = (0,)  # quarter turns that training shows, counter-clockwise
     sampled = 256  # images whose contents enter a fingerprint
     reading = {}  # arguments of data.images.read_image, set by build_dataset
     in_memory = False  # items are cached on first use, so worker processes would only repeat the work
@@ -66,6 +67,12 @@ class ImageDataset:
     def source_size(self, index):
         """(H, W) of image `index` in its file, before cropping and resizing."""
         return read_header(self._open(self.keys[index]))[0]
+
+    @property
+    def orientations(self):
+        """[(quarter turns, True if mirrored)] that training shows; those of odd turns only if the images are square."""
+        turns = self.turns if self.size[0] == self.size[1] else [turn for turn in self.turns if turn % 2 == 0]
+        return [(turn, mirrored) for mirrored in ([False, True] if self.flips else [False]) for turn in turns]
 
     def describe(self):
         """One line: how many images, of what, from where."""

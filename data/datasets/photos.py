@@ -1,6 +1,6 @@
-"""Windows of the photographs that scikit-image ships: a data set that needs no download.
+"""Windows of pictures that scikit-image ships: data sets that need no download.
 
-The left or right third of every photograph is kept for held-out windows; no training window holds a pixel of it.
+The left or right third of every picture is kept for held-out windows; no training window holds a pixel of it.
 """
 
 import functools
@@ -14,51 +14,41 @@ from data.images import fit, to_mode, to_tensor
 from utils.errors import UserError
 from utils.rng import seed_of
 
-# Colour photographs of objects, each with its held-out end. motorcycle_right.png is missing because it repeats
-# motorcycle_left.png; hubble_deep_field.jpg and ihc.png because they are textures without layout.
-PHOTOS = (
-    ("astronaut.png", "left"),
-    ("chelsea.png", "right"),
-    ("coffee.png", "right"),
-    ("motorcycle_left.png", "left"),
-    ("retina.jpg", "right"),
-    ("rocket.jpg", "left"),
-)
-SIDES = (64, 72, 80, 90, 102, 114, 128)  # of windows, in pixels of the photograph
-LARGEST = SIDES[-1]  # the largest img_size, because windows are never enlarged
 STEP = 0.15  # between windows, as a share of their side
-TRAIN_WINDOWS, HELD_OUT_WINDOWS = 1000, 64  # per photograph
 
 
-class Photos(ImageDataset):
-    """Square windows of the photographs, in a mixed order. `root` is not used.
+class Windows(ImageDataset):
+    """Square windows of pictures, in a mixed order. `root` is not used.
 
-    Only windows with at least `size` pixels per side are used. Items are cached, 120 MB at most. Raises UserError for a
-    size above LARGEST.
+    Only windows with at least `size` pixels per side are used, because windows are never enlarged. Items are cached.
+    Raises UserError for a size above that of the largest windows.
     """
 
-    name = "photos"
     sampled = 32
     in_memory = True
+    pictures = ()  # (file name, held-out end) of each
+    sides = ()  # of windows, in pixels of the picture, ascending
+    counts = (0, 0)  # training and held-out windows per picture, if there are so many
 
     def __init__(self, root, train, size, channels):
         super().__init__("scikit-image", train, size, channels)
-        if max(size) > LARGEST:
-            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {LARGEST}x{LARGEST} pixels of the "
-                            f"largest windows of 'photos'; use at most {LARGEST}, or another data set")
-        self.keys = windows(train, max(size))
+        largest = self.sides[-1]
+        if max(size) > largest:
+            raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {largest}x{largest} pixels of the "
+                            f"largest windows of {self.name!r}; use at most {largest}, or another data set")
+        self.keys = self.windows(train, max(size))
         self._items = {}
 
     def read(self, index):
         """Window `index` as uint8 [C, H, W]."""
         if index not in self._items:
             name, left, top, side = self.keys[index]
-            window = _photo(name, self.channels).crop((left, top, left + side, top + side))
+            window = self._picture(name, self.channels).crop((left, top, left + side, top + side))
             self._items[index] = to_tensor(fit(window, self.size))
         return self._items[index].clone()
 
     def source_size(self, index):
-        """(H, W) of window `index` in pixels of its photograph."""
+        """(H, W) of window `index` in pixels of its picture."""
         return (self.keys[index][3],) * 2
 
     def notes(self):
@@ -72,23 +62,41 @@ class Photos(ImageDataset):
     def _content(self, index):
         return self.read(index).numpy().tobytes()
 
+    @classmethod
+    def windows(cls, train, smallest=0):
+        """Windows of a part, (file name, left, top, side) in pixels of the picture, taking the pictures in turn.
 
-def windows(train, smallest=0):
-    """Windows of a part, (file name, left, top, side) in pixels of the photograph, taking the photographs in turn.
+        smallest   least side
+        """
+        count = cls.counts[0] if train else cls.counts[1]
+        found = [cls._mixed(name, held_out_end, train, smallest)[:count] for name, held_out_end in cls.pictures]
+        return [window for turn in zip(*found, strict=False) for window in turn]  # few windows are very large
 
-    smallest   least side
-    """
-    sides = [side for side in SIDES if side >= smallest]
-    found = []
-    for name, held_out_end in PHOTOS:
-        with Image.open(_path(name)) as photo:
-            width, height = photo.size
+    @classmethod
+    @functools.cache
+    def _mixed(cls, name, held_out_end, train, smallest):
+        """All windows of one picture in a mixed order."""
+        width, height = cls._picture(name, 3).size
         start, stop = _columns(width, held_out_end, train)
-        of_photo = {(name, left, top, side) for side in sides for left in _places(start, stop - side, STEP * side)
-                    for top in _places(0, height - side, STEP * side)}
-        mixed = sorted(of_photo, key=lambda window: seed_of("photos", *window))
-        found.append(mixed[:TRAIN_WINDOWS if train else HELD_OUT_WINDOWS])
-    return [window for turn in zip(*found, strict=False) for window in turn]  # few windows are very large
+        found = {(name, left, top, side) for side in cls.sides if side >= smallest
+                 for left in _places(start, stop - side, STEP * side) for top in _places(0, height - side, STEP * side)}
+        return sorted(found, key=lambda window: seed_of(cls.name, *window))
+
+    @classmethod
+    def path(cls, name):
+        """Path of a picture; UserError if scikit-image is missing."""
+        package = importlib.util.find_spec("skimage")
+        path = os.path.join(package.submodule_search_locations[0], "data", name) if package else ""
+        if not os.path.isfile(path):
+            raise UserError(f"data.name={cls.name!r} needs {name} of scikit-image; install it (pip install "
+                            "scikit-image) or use another data set")
+        return path
+
+    @classmethod
+    @functools.cache
+    def _picture(cls, name, channels):
+        with Image.open(cls.path(name)) as picture:
+            return to_mode(picture, channels)
 
 
 def _columns(width, held_out_end, train):
@@ -105,16 +113,23 @@ def _places(first, last, step):
     return [first + round((last - first) * i / count) for i in range(count + 1)] if count else [(first + last) // 2]
 
 
-def _path(name):
-    package = importlib.util.find_spec("skimage")
-    path = os.path.join(package.submodule_search_locations[0], "data", name) if package else ""
-    if not os.path.isfile(path):
-        raise UserError(f"data.name='photos' needs {name} of scikit-image; install it (pip install scikit-image) "
-                        "or use another data set")
-    return path
+class Photos(Windows):
+    """Six colour photographs of objects."""
+
+    name = "photos"
+    # motorcycle_right.png is missing because it repeats motorcycle_left.png; hubble_deep_field.jpg and ihc.png because
+    # they are textures without layout
+    pictures = (("astronaut.png", "left"), ("chelsea.png", "right"), ("coffee.png", "right"),
+                ("motorcycle_left.png", "left"), ("retina.jpg", "right"), ("rocket.jpg", "left"))
+    sides = (64, 72, 80, 90, 102, 114, 128)
+    counts = (1000, 64)
 
 
-@functools.cache
-def _photo(name, channels):
-    with Image.open(_path(name)) as photo:
-        return to_mode(photo, channels)
+class Tissue(Windows):
+    """Stained tissue under a microscope (immunohistochemistry, 512²). There is no up in it: training turns windows."""
+
+    name = "tissue"
+    turns = (0, 1, 2, 3)
+    pictures = (("ihc.png", "right"),)
+    sides = (48, 52, 57, 62, 68, 74, 80)
+    counts = (4000, 512)

@@ -6,6 +6,7 @@ import torch
 
 from data import latents
 from data.latents import load_latents
+from data.loader import oriented, to_float
 from tests.data.numbers import Numbers
 from utils.shutdown import REQUEUE, Stopped
 
@@ -23,8 +24,8 @@ class Encoder:
         return images[:, :, 0, 0] ** 2
 
 
-def load(folder, encode, batch_size=2):
-    return load_latents(folder / "latents.pt", "key", encode, Numbers(7), Numbers(3), batch_size, "cpu")
+def load(folder, encode, batch_size=2, turns=(0,)):
+    return load_latents(folder / "latents.pt", "key", encode, Numbers(7, turns), Numbers(3, turns), batch_size, "cpu")
 
 
 def fail():
@@ -46,6 +47,15 @@ def check_is_whole(folder, found, expected):
     assert [path.name for path in folder.glob("latents*")] == ["latents.pt"]
     encode = Encoder()
     assert torch.equal(load(folder, encode).train, expected.train) and not encode.calls
+
+
+def test_all_orientations_are_encoded(tmp_path):
+    found = load(tmp_path, Encoder(), turns=(0, 1, 2, 3))
+    latents = found.train * found.std + found.mean
+    expected = [oriented(to_float(Numbers(7)[i]), one)[:, 0, 0] ** 2 for one in Numbers(7, (0, 1, 2, 3)).orientations
+                for i in range(7)]
+    torch.testing.assert_close(latents, torch.stack(expected))
+    assert found.heldout.shape == (24, 3)
 
 
 @pytest.mark.parametrize("last", [1, 6, 12])

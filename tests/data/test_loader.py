@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
-from data.loader import all_batches, map_in_workers, to_float, training_batches
+from data.loader import all_batches, map_in_workers, oriented, to_float, training_batches
 from tests.data.layouts import config, write_folder
+from tests.data.numbers import Numbers
 from utils.errors import UserError
 
 
@@ -25,12 +26,10 @@ def take(count, *args, **kwargs):
 
 
 def which(dataset, images):
-    """(item, flipped) of each image."""
-    known = {}
-    for item in range(len(dataset)):
-        known[to_float(dataset[item]).numpy().tobytes()] = (item, False)
-        known[to_float(dataset[item].flip(-1)).numpy().tobytes()] = (item, True)
-    return [known[image.numpy().tobytes()] for image in images.contiguous()]
+    """(item, orientation) of each image."""
+    known = {to_float(oriented(dataset[item], one)).contiguous().numpy().tobytes(): (item, one)
+             for item in range(len(dataset)) for one in dataset.orientations}
+    return [known[image.contiguous().numpy().tobytes()] for image in images]
 
 
 def test_images_are_floats_in_minus_one_to_one(dataset):
@@ -73,20 +72,33 @@ def test_every_epoch_shows_each_image_once_in_its_own_order(dataset):
 def test_flips_are_a_fair_coin_of_epoch_and_item(dataset):
     shown = which(dataset, take(110, dataset, 4, seed=2)[0])
     flips = torch.zeros(40, 11)
-    for position, (item, flipped) in enumerate(shown):
-        flips[position // 11, item] = flipped
+    for position, (item, (_, mirrored)) in enumerate(shown):
+        flips[position // 11, item] = mirrored
     assert 0.4 < flips.mean() < 0.6
     assert (flips.mean(0) > 0.15).all() and (flips.mean(0) < 0.85).all()
-    assert not any(flipped for _, flipped in which(dataset, take(20, dataset, 4, seed=2, augment=False)[0]))
+
+
+def test_all_turns_and_mirror_images_are_shown_equally_often():
+    turned = Numbers(16, turns=(0, 1, 2, 3))
+    shown = [orientation for _, orientation in which(turned, take(100, turned, 16, seed=2)[0])]
+    counts = torch.tensor([shown.count(one) for one in turned.orientations])
+    assert len(counts) == 8 and (counts - 200).abs().max() < 5 * (1600 * 1 / 8 * 7 / 8) ** 0.5
+
+
+@pytest.mark.parametrize("orientation, expected", [
+    ((0, False), [[0, 1], [2, 3]]), ((0, True), [[1, 0], [3, 2]]), ((1, False), [[1, 3], [0, 2]]),
+    ((2, False), [[3, 2], [1, 0]]), ((1, True), [[3, 1], [2, 0]])])
+def test_an_image_is_turned_counter_clockwise_and_then_mirrored(orientation, expected):
+    assert oriented(torch.arange(4).view(1, 2, 2), orientation).tolist() == [expected]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 50])
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_all_batches_is_the_whole_set_once_in_order(dataset, batch_size, mirrored):
-    images, index = (torch.cat(column) for column in zip(*all_batches(dataset, batch_size, mirrored=mirrored),
+@pytest.mark.parametrize("orientation", [(0, False), (0, True)])
+def test_all_batches_is_the_whole_set_once_in_order(dataset, batch_size, orientation):
+    images, index = (torch.cat(column) for column in zip(*all_batches(dataset, batch_size, orientation=orientation),
                                                          strict=True))
     assert index.tolist() == list(range(11))
-    assert which(dataset, images) == [(item, mirrored) for item in range(11)]
+    assert which(dataset, images) == [(item, orientation) for item in range(11)]
 
 
 def test_all_batches_with_workers_and_of_a_part(dataset, monkeypatch):

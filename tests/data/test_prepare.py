@@ -63,7 +63,7 @@ def test_a_prepared_set_holds_the_same_pixels(source, output, num_workers, chann
 @pytest.mark.parametrize("name", ["photos", "churches"])
 def test_any_data_set_can_be_prepared(name, tmp_path, output, monkeypatch):
     from data.datasets import photos
-    monkeypatch.setattr(photos, "TRAIN_WINDOWS", 3)
+    monkeypatch.setattr(photos.Photos, "counts", (3, 4))
     write_lsun(tmp_path, "train", 5)
     write_lsun(tmp_path, "val", 2)
     cfg = config(name, tmp_path)

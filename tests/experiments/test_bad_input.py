@@ -52,7 +52,7 @@ MISTAKES = [
     ("train.batch_size=0", "batch_size=0 must be at least 1"),
     ("train.keep_checkpoints=0", "keep_checkpoints=0 must be at least 1"),
     # words
-    ("data.name=imagenet", "data.name='imagenet' is not one of photos, folder"),
+    ("data.name=imagenet", "data.name='imagenet' is not one of photos, tissue"),
     ("mc_integral.type=grid", "type='grid' must be one of uniform, halton, stratified"),
     ("model.attention=fast", "model.attention='fast' is not one of"),
     ("model.uno_conv_type=wavelet", "uno_conv_type='wavelet' must be conv or spectral"),

@@ -29,8 +29,7 @@ def fields(config, folder):
 
 @pytest.mark.parametrize("source", [grey_folder, grey_photos, fields])
 def test_every_script(tmp_path, monkeypatch, source):
-    monkeypatch.setattr(photos, "TRAIN_WINDOWS", 5)
-    monkeypatch.setattr(photos, "HELD_OUT_WINDOWS", 1)  # of each of 6 photographs
+    monkeypatch.setattr(photos.Photos, "counts", (5, 1))  # of each of 6 photographs
     config, latent = tiny_config(tmp_path / "runs"), tiny_latent_config(tmp_path / "runs")
     config.data.channels = 1
     source(config, tmp_path)
