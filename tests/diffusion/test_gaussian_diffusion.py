@@ -14,7 +14,7 @@ from tests.reference import gaussian
 from tests.reference import mollifier as reference
 from utils.config import ONE_OF
 from utils.errors import UserError
-from utils.rng import generator, randn, sample_generators
+from utils.rng import generator, randn
 
 MEAN_TYPES = ONE_OF["diffusion.model_mean_type"]
 
@@ -148,19 +148,6 @@ def test_multiscale_loss_is_added():
     extra = multiscale_loss(zeros, coords.gather(target_of(plain, x0, noise, t)), coords, 16)
     torch.testing.assert_close(losses[1]["loss"] - losses[0]["loss"], extra)
     assert torch.equal(losses[0]["mse"], losses[1]["mse"])
-
-
-def test_noise_comes_from_the_generators_of_the_samples():
-    diffusion, (x0, _, t) = build_diffusion(image_config()), draw((16, 16))
-    coords = point_set(len(t), (16, 16), "subset")
-
-    def network(values, time):
-        return torch.zeros_like(values)
-
-    noise = randn(x0.shape, sample_generators("cpu", range(5), "noise"))
-    given = diffusion.training_losses(network, x0, t, coords, noise)
-    drawn = diffusion.training_losses(network, x0, t, coords, generator=sample_generators("cpu", range(5), "noise"))
-    assert torch.equal(given["loss"], drawn["loss"])
 
 
 @pytest.mark.parametrize("points", ["full", "subset"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data.coordinates import Coordinates
 from diffusion.gaussian_diffusion import build_diffusion
@@ -44,13 +43,6 @@ def test_downsampling_is_bicubic_resizing_with_antialiasing(size, low_size):
     image = draw(2, 3, *size).float()
     expected = F.interpolate(image, low_size, mode="bicubic", antialias=True)
     torch.testing.assert_close(Downsampling(size, low_size).forward(image), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_downsampling_is_what_pillow_calls_bicubic():
-    pixels = np.random.default_rng(0).integers(60, 190, (32, 24, 3), dtype=np.uint8)
-    small = np.array(Image.fromarray(pixels).resize((12, 8), Image.Resampling.BICUBIC))
-    ours = Downsampling((32, 24), (8, 12)).forward(torch.from_numpy(pixels).permute(2, 0, 1).double())
-    assert np.abs(ours.permute(1, 2, 0).numpy() - small).max() < 1.5  # it rounds twice
 
 
 @pytest.mark.parametrize("size, low_size", SIZES)
@@ -270,7 +262,7 @@ def test_consistent_estimates_meet_the_data_whatever_the_sampler():
     torch.testing.assert_close(half, (Oracle()(x, None) + estimate) / 2)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch_dense"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "torch_dense"])
 def test_the_estimate_has_a_gradient_in_the_state(backend):
     """Along a random direction, by finite differences in float64, through a decoder whose weights are frozen."""
     decoder = tiny_decoder(backend=backend).double().requires_grad_(False)

@@ -62,11 +62,3 @@ def test_multiscale_loss_is_the_loop(size, share, max_size):
     value = losses.multiscale_loss(prediction, target, coords, max_size)
     expected = multiscale_by_loops((prediction - target).double(), coords, max_size)
     torch.testing.assert_close(value.double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
-
-
-def test_multiscale_loss_of_a_full_grid_is_average_pooling():
-    coords = Coordinates.full(2, (32, 48))
-    error = torch.randn(2, 3, 32, 48, generator=generator("cpu", 0))
-    pooled = torch.nn.functional.avg_pool2d(error, (4, 6))
-    value = losses.multiscale_loss(coords.gather(error), torch.zeros(2, 32 * 48, 3), coords, 8)
-    torch.testing.assert_close(value, math.sqrt(32 * 48) / 8 * losses.mean_per_sample(pooled.square()))

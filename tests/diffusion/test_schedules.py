@@ -106,12 +106,6 @@ def test_log_snr_timesteps_are_those_next_to_even_ratios_from_the_lowest_on(name
         assert between[1] - slack < ratio[0] + i * gap < between[0] + slack
 
 
-def test_no_steps_are_spent_where_a_state_says_nothing():
-    """Lu et al. 2022 end the cosine schedule where half of the log signal-to-noise ratio is about -5.1."""
-    ratio = half_log_snr(torch.cumprod(1 - make_betas("cosine", 1000), 0))
-    assert ratio[-1] < -9 and -5 < ratio[log_snr_timesteps(make_betas("cosine", 1000), 20)[-2]] < -4.3
-
-
 def test_a_solver_gets_steps_even_in_log_snr_and_the_others_in_time():
     for cfg in (autoencoder_config(64), latent_config()):
         total, betas = cfg.diffusion.steps, make_betas(cfg.diffusion.noise_schedule, cfg.diffusion.steps)
@@ -130,11 +124,6 @@ def test_respaced_chain_has_the_same_alpha_bar_at_its_steps(count):
     assert len(part) == count and part.total == 1000
 
 
-def test_network_time_is_the_original_step_per_thousand():
-    schedule = Schedule.from_betas(make_betas("cosine", 500), respaced_timesteps(500, 5))
-    assert schedule.network_time.tolist() == [2.0 * step for step in schedule.timesteps]
-
-
 def test_posterior_of_step_0_is_x0_itself():
     schedule = Schedule.from_betas(make_betas("cosine", 1000), [3, 500, 999])
     assert (schedule.posterior_x0[0], schedule.posterior_xt[0], schedule.posterior_variance[0]) == (1, 0, 0)
@@ -147,14 +136,6 @@ def test_a_chain_of_one_step_has_all_tables():
     assert schedule.variance_small.tolist() == schedule.variance_large.tolist() == schedule.betas.tolist()
     assert list(schedule.ascending_pairs()) == []
     assert [(t, float(a_prev)) for t, _, a_prev in schedule.reversed_pairs()] == [(0, 1.0)]
-
-
-def test_pairs_walk_the_chain_both_ways():
-    schedule = Schedule.from_betas(make_betas("cosine", 10))
-    down, up = list(schedule.reversed_pairs()), list(schedule.ascending_pairs())
-    assert [t for t, _, _ in down] == list(range(9, -1, -1)) and [t for t, _, _ in up] == list(range(9))
-    assert all(a_prev == later for (_, _, a_prev), (_, later, _) in zip(down[:-1], down[1:], strict=True))
-    assert all(after == a for (_, _, after), (_, a, _) in zip(up[:-1], up[1:], strict=True))
 
 
 @pytest.mark.parametrize(
