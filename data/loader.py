@@ -7,10 +7,10 @@ ranks and interruptions do not affect it. Step s trains on positions s · batch_
 
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from typing import NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ def map_in_workers(function, inputs, num_workers, pin_memory=False):
         collate_fn=_identity,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=functools.partial(_start_worker, os.getpid()),
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # otherwise it draws from the global one
     )
     for result in results:
@@ -159,7 +159,7 @@ class _Results:
             return error  # raised in a worker, its message would include the worker's traceback
 
 
-def _start_worker(parent, _):
+def _start_worker(_):
     """End this worker when its parent is gone; otherwise it would wait forever to deliver a result.
 
     Signals to stop reach all processes of a terminal or a job. Workers ignore them: the parent finishes its step, for
@@ -169,8 +169,7 @@ def _start_worker(parent, _):
         signal.signal(number, signal.SIG_IGN)
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()  # by any start method; os.getppid() would be that of a fork server
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

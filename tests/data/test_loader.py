@@ -1,6 +1,7 @@
 """The training stream as a function of (seed, position), and one pass over everything."""
 
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_in_memory_sets_are_not_sent_to_workers(monkeypatch):
     photos = build_dataset(config("photos"), False)
     assert len(next(iter(training_batches(photos, 3, seed=0, num_workers=4))).images) == 3
     assert len(next(iter(all_batches(Subset(photos, range(5)), 3, num_workers=4)))[0]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_of_any_start_method(dataset, method, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        images = torch.cat([images for images, _ in all_batches(dataset, 4, num_workers=1)])
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert torch.equal(images, torch.cat([images for images, _ in all_batches(dataset, 4)]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -175,6 +175,7 @@ runpy.run_path("data/prepare.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_killed_by_sigkill_the_same_command_goes_on(source, output, config_file):
     first = run(config_file, source, output, ["-c", KILLED_IN_A_COMMIT])
     assert first.returncode == -signal.SIGKILL, first.stderr
@@ -187,12 +188,6 @@ def test_killed_by_sigkill_the_same_command_goes_on(source, output, config_file)
     assert "24/50" in second.stderr and "50/50" in second.stderr  # it went on after three chunks of 8
     for train in (True, False):
         assert torch.equal(items(at(source, output), train, SIZE), items(source, train, SIZE))
-
-
-def test_a_users_mistake_is_one_line_and_code_2(tmp_path, output, config_file):
-    process = run(config_file, config("folder", tmp_path / "missing"), output)
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1 and "data.root_dir=" in process.stderr and not output.exists()
 
 
 @pytest.mark.parametrize("change", ["size", "channels", "files"])
