@@ -1,6 +1,7 @@
 """Sections of the page of report.py, from the files of a run and of other scripts; "" if there are no such files."""
 
 import datetime
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
-from data.images import read_image
+from data.images import UNREADABLE, read_image
 from data.loader import all_batches, to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib.html_report import embed, grid, paragraph, picture, row, section, table
@@ -34,8 +35,10 @@ class GeneratedImages(NamedTuple):
     settings: dict
 
     def images(self, count=64):
-        """The first images by name, uint8 [N, C, H, W]."""
-        return torch.stack([read_image(file) for file in sorted(self.path.glob("*.png"))[:count]])
+        """{file name: uint8 [C, H, W]} of the first images by name, without damaged ones and those of another shape."""
+        found = {file.name: _read(file) for file in sorted(self.path.glob("*.png"))[:count]}
+        shape = next((image.shape for image in found.values() if image is not None), None)
+        return {name: image for name, image in found.items() if image is not None and image.shape == shape}
 
     def caption(self, name, decoder_config):
         """Size, steps and sampler, with a warning if the images were made by another checkpoint than the run's."""
@@ -44,6 +47,25 @@ class GeneratedImages(NamedTuple):
         text = f"{name} of {height}x{width} ({' and '.join(scales)}), {self.settings['steps']} steps of " \
                f"{self.settings['sampler']}"
         return text + _warning(self.settings["decoder"], decoder_config)
+
+
+def _read(path):
+    """uint8 [C, H, W], or None and a warning if the file is damaged."""
+    try:
+        return read_image(path)
+    except UNREADABLE as error:
+        logging.warning("%s cannot be read (%s) and is left out", path, error)
+        return None
+
+
+def _made_from(path, make, *arguments):
+    """make(*arguments), or None and a warning if the files at `path` are damaged or not those of this project."""
+    try:
+        return make(*arguments)
+    except (*UNREADABLE, TypeError, AttributeError) as error:
+        logging.warning("%s is left out, as it is damaged or of another origin (%s: %s)", path, type(error).__name__,
+                        error)
+        return None
 
 
 def _warning(decoder, config):
@@ -55,10 +77,16 @@ def _warning(decoder, config):
 def find_images(folders):
     """(samples, reconstructions), GeneratedImages of each folder of samples or reconstructions, sorted by size."""
     found = [GeneratedImages(path, read_json(path / "settings.json")) for path in folders if any(path.glob("*.png"))]
-    found = sorted((one for one in found if {"decoder", "size", "sampler", "steps"} <= set(one.settings)),
-                   key=lambda one: one.settings["size"])
+    found = [one for one in found if {"decoder", "size", "sampler", "steps", "seconds"} <= one.settings.keys()
+             and _made_from(one.path, _check_numbers, one.settings)]
+    found.sort(key=lambda one: one.settings["size"])
     return ([one for one in found if "latent_model" in one.settings],
             [one for one in found if any((one.path.parent / "originals").glob("*.png"))])
+
+
+def _check_numbers(settings):
+    height, width = settings["size"]
+    return isinstance(height + width + settings["seconds"], (int, float))
 
 
 def progress(configs):
@@ -82,39 +110,51 @@ def training_images(configs, size):
     for config in configs:
         last = {path.stem.rpartition("_")[0]: path for path in sorted((run_dir(config) / "images").glob("*.png"))}
         for name, path in last.items():
-            caption = f"{name} of {config.run.experiment}, step {int(path.stem.rpartition('_')[2])}"
-            figures.append(grid(read_image(path)[None, :, :, :16 * size], caption, scale=2 if size <= 32 else 1))
+            image = _read(path)
+            if image is not None:
+                caption = f"{name} of {config.run.experiment}, step {path.stem.rpartition('_')[2].lstrip('0')}"
+                figures.append(grid(image[None, :, :, :16 * size], caption, scale=2 if size <= 32 else 1))
     return section("While training", row(*figures))
 
 
 def samples(found, decoder_config):
     """Samples by resolution."""
-    return section("Samples", row(*(grid(one.images(), one.caption("samples", decoder_config)) for one in found)))
+    shown = [(one.images(), one.caption("samples", decoder_config)) for one in found]
+    return section("Samples", row(*(grid(torch.stack([*images.values()]), caption) for images, caption in shown
+                                    if images)))
 
 
 def reconstructions(found, decoder_config):
     """Held-out images, their reconstructions, and scores."""
     parts = []
     for one in found:
-        originals, scores = GeneratedImages(one.path.parent / "originals", {}), read_json(
-            one.path.parent / "scores.json")
-        parts.append(row(grid(originals.images(), "originals"),
-                         grid(one.images(), one.caption("reconstructions", decoder_config))))
-        if scores:
-            parts.append(paragraph(
-                f"For {scores['nearest_is_own']} of {scores['count']} reconstructions, their own original is the "
-                f"nearest of the {scores['count']} (mean squared error after the mollifier; by chance 1). Mollified "
-                f"PSNR {scores['mollified_psnr']:.2f} dB."))
-    return section("Reconstructions of held-out images", *parts)
+        originals, images = GeneratedImages(one.path.parent / "originals", {}).images(), one.images()
+        names = [name for name in images if name in originals]
+        if names:
+            pair = (torch.stack([group[name] for name in names]) for group in (originals, images))
+            parts.append(row(*map(grid, pair, ("originals", one.caption("reconstructions", decoder_config)))))
+        scores = one.path.parent / "scores.json"
+        parts.append(_made_from(scores, _reconstruction_scores, read_json(scores)))
+    return section("Reconstructions of held-out images", *filter(None, parts))
+
+
+def _reconstruction_scores(scores):
+    return scores and paragraph(
+        f"For {scores['nearest_is_own']} of {scores['count']} reconstructions, their own original is the nearest of "
+        f"the {scores['count']} (mean squared error after the mollifier; by chance 1). Mollified PSNR "
+        f"{scores['mollified_psnr']:.2f} dB.")
 
 
 def memorisation(found, config, limit):
     """The nearest training images of some samples, and the distance compared with that of held-out images."""
     if not found or limit == 0:
         return ""
-    train_set, heldout = build_dataset(config, train=True), build_dataset(config, train=False)
     one = min(found, key=lambda one: abs(one.settings["size"][0] - config.data.img_size))
-    ours, mollifier = one.images(MAX_COMPARED), build_diffusion(config).mollifier
+    images = one.images(MAX_COMPARED)
+    if not images:
+        return ""
+    ours, mollifier = torch.stack([*images.values()]), build_diffusion(config).mollifier
+    train_set, heldout = build_dataset(config, train=True), build_dataset(config, train=False)
     unseen, _ = next(all_batches(Subset(heldout, range(min(MAX_COMPARED, len(heldout)))), MAX_COMPARED))
     both = torch.cat([torch.nn.functional.interpolate(to_float(ours), unseen.shape[-2:], mode="bilinear",
                                                       antialias=True), unseen])
@@ -123,11 +163,11 @@ def memorisation(found, config, limit):
     distance, unseen_distance = (part.median().item() for part in
                                  nearest.distance[:, 0].split([len(ours), len(unseen)]))
     strips = []
-    for i in range(min(MAX_SHOWN, len(ours))):
+    for i, name in zip(range(MAX_SHOWN), images, strict=False):
         near = [train_set[item].flip(-1) if mirrored else train_set[item]
                 for item, mirrored in zip(nearest.item[i].tolist(), nearest.mirrored[i].tolist(), strict=True)]
         distances = ", ".join(f"{value:.4f}" for value in nearest.distance[i].tolist())
-        strips.append(grid(torch.stack([to_uint8(both[i]), *near]), f"{i:05d}.png: {distances}", columns=4))
+        strips.append(grid(torch.stack([to_uint8(both[i]), *near]), f"{name}: {distances}", columns=4))
     searched = min(limit, len(train_set))
     return section(
         "Nearest training images",
@@ -153,19 +193,22 @@ def _belongs_to(config, settings):
 
 def applications(found, config):
     """Grids and scores of each application."""
-    parts = []
-    for path, record in found.items():
-        values = dict(record)
-        settings = values.pop("settings")
-        caption = f"{path}, {settings['steps']} steps{_warning(settings['decoder'], config)}"
-        parts.append(row(*(picture(file, f"{caption}: {file.stem}") for file in sorted(path.glob("*.png")))))
-        methods = values.pop("methods", None)
-        if methods:
-            names = dict.fromkeys(name for scores in methods.values() for name in scores)
-            parts.append(table([("method", *map(_words, names)), *(
-                (method, *(_number(scores.get(name)) for name in names)) for method, scores in methods.items())]))
-        parts.append(paragraph(" · ".join(f"{_words(name)} {_number(value)}" for name, value in values.items())))
-    return section("Applications", *parts)
+    return section("Applications", *filter(None, (_made_from(path, _application, path, record, config)
+                                                  for path, record in found.items())))
+
+
+def _application(path, record, config):
+    values = dict(record)
+    settings, methods = values.pop("settings"), values.pop("methods", None)
+    caption = f"{path}, {settings['steps']} steps{_warning(settings['decoder'], config)}"
+    pictures = [_made_from(file, picture, file, f"{caption}: {file.stem}") for file in sorted(path.glob("*.png"))]
+    parts = [row(*filter(None, pictures))]
+    if methods:
+        names = dict.fromkeys(name for scores in methods.values() for name in scores)
+        parts.append(table([("method", *map(_words, names)), *(
+            (method, *(_number(scores.get(name)) for name in names)) for method, scores in methods.items())]))
+    parts.append(paragraph(" · ".join(f"{_words(name)} {_number(value)}" for name, value in values.items())))
+    return "".join(parts)
 
 
 def _words(name):
@@ -183,7 +226,7 @@ def scores(records):
     if not records:
         return ""
     rows, notes = [("", "score", "value", "KID", "precision", "recall")], []
-    for record in sorted(records, key=lambda record: (record["score"], record["value"])):
+    for record in sorted(records, key=lambda record: (str(record["score"]), record["value"])):
         rows.append((record["samples"], record["score"], f"{record['value']:.2f}",
                      f"{record['kid']:.4f} ± {record['kid_standard_error']:.4f}", f"{record['precision']:.3f}",
                      f"{record['recall']:.3f}"))

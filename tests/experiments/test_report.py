@@ -1,5 +1,7 @@
 """The page about a run: what is on it, with what has been made of the run, and with nothing but the run."""
 
+import base64
+import io
 import re
 import shlex
 import shutil
@@ -127,15 +129,59 @@ def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkey
 def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, made, tmp_path):
     folder, single, _ = trained
     shutil.copytree(made / "inpaint", tmp_path / "inpaint")
-    for name, content in {"a": '{"settings": []}', "b": '{"settings": {"decoder": 3}}', "c": "[1]", "d": "{"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "scores.json").write_text(content)
     Image.new("RGB", (5000, 10)).save(tmp_path / "inpaint" / "wide.png")
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     shutil.copy(folder / "checkpoints" / "tiny" / "metrics.jsonl", tmp_path / "runs" / "tiny")
     text, out = make_page(tmp_path / "page.html", *single, f"--config.run.output_dir={tmp_path / 'runs'}", "--folder",
                           tmp_path)
     assert "1 of applications" in out and "2 steps; MADE BY ANOTHER CHECKPOINT than that of this run: grid" in text
+
+
+MADE = '{"decoder": 3, "size": %s, "steps": 1, "sampler": [], "seconds": %s, "latent_model": 1, "experiment": "tiny"}'
+FOREIGN = {  # file name: contents that other programs, or an editor, may leave
+    "settings.json": ["{", "[1]", MADE % ("5", 1), MADE % ('"16x16"', 1), MADE % ("[1]", 1),
+                      MADE % ("[16, 16]", '"3"')],
+    "scores.json": ['{"settings": []}', '{"settings": {"decoder": 3}}', '{"nearest_is_own": 1}', "[1]", "{",
+                    '{"settings": %s, "methods": [1]}' % (MADE % ("[1, 1]", 1))],
+    "other.json": ['{"kid": "good"}', '{"kid": 1}', '{"kid": 1, "kid_standard_error": 1, "precision": 1, "recall": 1, '
+                   '"value": 1, "score": 3, "samples": [], "sampling": 3, "size": [1, 1]}'],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_other_origin_are_left_out(trained, made, tmp_path):
+    shutil.copytree(made / "recons", tmp_path / "recons")
+    shutil.copy(made / "noise_scores.json", tmp_path)
+    for name, contents in FOREIGN.items():
+        for number, content in enumerate(contents):
+            folder = tmp_path / f"{name} {number}"
+            shutil.copytree(made / "samples_1x", folder)
+            (folder / name).write_text(content)
+    (tmp_path / "recons" / "scores.json").write_text(FOREIGN["scores.json"][2])
+    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", tmp_path)
+    assert "1 scores" in out and "Protocol of" in text
+
+
+def test_damaged_images_are_left_out(trained, made, tmp_path, caplog):
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    spoiled = [folder / name for name in ("samples_1x/00001.png", "recons/originals/00000.png", "inpaint/grid.png")]
+    for path in (*spoiled, *(folder / "samples_4x").glob("*.png")):
+        path.write_bytes(path.read_bytes()[:60])
+    Image.new("RGB", (8, 8)).save(folder / "samples_1x" / "00002.png")
+    text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", folder)
+    assert "<figcaption>samples of 16x16" in text and "<figcaption>samples of 64x64" not in text
+    assert "inpaint, 2 steps: grid" not in text and "superresolution, 2 steps: grid" in text.replace("_", "")
+    assert all(str(path) in caplog.text for path in spoiled)
+    shown = [picture.size for picture in pictures_of(text, ("originals", "reconstructions of 16x16"))]
+    assert shown == [(32, 32)] * 2  # three pairs of 16², in a grid of two columns
+
+
+def pictures_of(text, captions):
+    """Pillow images of the figures whose captions begin with these words."""
+    for caption in captions:
+        data = re.search(rf'base64,([^"]*)" [^>]*><figcaption>{caption}', text)[1]
+        yield Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 def test_a_caption_names_the_scale_of_both_axes_where_they_differ(tmp_path):
