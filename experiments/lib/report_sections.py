@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from data.datasets import build_dataset
 from data.images import UNREADABLE, read_image
-from data.loader import all_batches, to_float
+from data.loader import all_batches, oriented, to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib.html_report import embed, grid, paragraph, picture, row, section, table
 from experiments.lib.plots import line_plot, to_bytes
@@ -164,15 +164,15 @@ def memorisation(found, config, limit):
                                  nearest.distance[:, 0].split([len(ours), len(unseen)]))
     strips = []
     for i, name in zip(range(MAX_SHOWN), images, strict=False):
-        near = [train_set[item].flip(-1) if mirrored else train_set[item]
-                for item, mirrored in zip(nearest.item[i].tolist(), nearest.mirrored[i].tolist(), strict=True)]
+        near = [oriented(train_set[item], train_set.orientations[one])
+                for item, one in zip(nearest.item[i].tolist(), nearest.orientation[i].tolist(), strict=True)]
         distances = ", ".join(f"{value:.4f}" for value in nearest.distance[i].tolist())
         strips.append(grid(torch.stack([to_uint8(both[i]), *near]), f"{name}: {distances}", columns=4))
     searched = min(limit, len(train_set))
     return section(
         "Nearest training images",
         paragraph(f"Samples (left in each strip) beside the nearest of {searched} of the {len(train_set)} training "
-                  "images and their mirror images, with the mean squared difference after the mollifier."),
+                  "images in all orientations, with the mean squared difference after the mollifier."),
         row(*strips),
         paragraph(f"Median distance to the nearest training image: {distance:.4f} from {len(ours)} samples, "
                   f"{unseen_distance:.4f} from {len(unseen)} held-out images. Copies would be far nearer than held-out "

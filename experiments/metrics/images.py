@@ -114,20 +114,20 @@ def denoising_error(modules, diffusion, dataset, yardstick, batch_size=64, devic
 class Nearest(NamedTuple):
     """The k nearest images of a data set for each of N images, nearest first.
 
-    distance   mean squared difference after the mollifier, float32 [N, k]
-    item       index in the data set, int64 [N, k]
-    mirrored   whether the mirror image of the item is the near one, bool [N, k]
+    distance     mean squared difference after the mollifier, float32 [N, k]
+    item         index in the data set, int64 [N, k]
+    orientation  index in dataset.orientations of the near form of the item, int64 [N, k]
     """
 
     distance: torch.Tensor
     item: torch.Tensor
-    mirrored: torch.Tensor
+    orientation: torch.Tensor
 
 
 def nearest_images(images, dataset, mollifier, k=3, limit=None, batch_size=256, num_workers=0, device="cpu"):
-    """Nearest images of a data set, mirror images included, to images float [N, C, H, W] in [-1, 1]: copies show up.
+    """Nearest images of a data set, in all their orientations, to images float [N, C, H, W] in [-1, 1]: copies show up.
 
-    An item and its mirror image count as one. Images of another size than the data set's are resized first.
+    All orientations of an item count as one. Images of another size than the data set's are resized first.
     limit    compare with this many items only, evenly spread over the data set; None: all
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -136,13 +136,15 @@ def nearest_images(images, dataset, mollifier, k=3, limit=None, batch_size=256, 
     if images.shape[-2:] != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
     images = mollifier.blur(images.to(device))
-    images = torch.cat([images, images.flip(-1)]).flatten(1)  # |x − mirror(y)| = |mirror(x) − y|; T commutes with it
-    n = len(images) // 2
-    best = Nearest(torch.empty(n, 0), torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0, dtype=torch.bool))
+    n, orientations = len(images), dataset.orientations
+    # |x − g(y)| = |g⁻¹(x) − y| for an orientation g, with which T commutes
+    images = torch.cat([torch.rot90(images.flip(-1) if mirrored else images, -turns, (-2, -1))
+                        for turns, mirrored in orientations]).flatten(1)
+    best = Nearest(torch.empty(n, 0), *torch.empty(2, n, 0, dtype=torch.int64))
     for batch, index in all_batches(Subset(dataset, items.tolist()), batch_size, device, num_workers):
         distance = torch.cdist(images, mollifier.blur(batch).flatten(1)).square() / images.shape[1]
-        distance, side = distance.unflatten(0, (2, n)).min(dim=0)
-        new = Nearest(distance.cpu(), items[index].expand(n, -1), side.bool().cpu())
+        distance, orientation = distance.unflatten(0, (len(orientations), n)).min(dim=0)
+        new = Nearest(distance.cpu(), items[index].expand(n, -1), orientation.cpu())
         both = [torch.cat(pair, dim=1) for pair in zip(best, new, strict=True)]
         order = both[0].argsort(dim=1, stable=True)[:, :k]
         best = Nearest(*(part.gather(1, order) for part in both))

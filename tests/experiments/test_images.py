@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import to_float
+from data.loader import oriented, to_float
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.mollifier import GaussianMollifier
 from diffusion.parameterisation import Parameterisation
@@ -112,8 +112,9 @@ def test_log_ratio_over_a_band():
 class Images:
     """A data set of given uint8 images [N, C, H, W]."""
 
-    def __init__(self, images):
+    def __init__(self, images, turns=(0,)):
         self.images = images
+        self.orientations = [(turn, mirrored) for mirrored in (False, True) for turn in turns]
         self.size = tuple(images.shape[-2:])
 
     def __len__(self):
@@ -134,25 +135,26 @@ def queries():
     return torch.rand(5, 3, 12, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 23])
-def test_nearest_images_are_those_of_the_search_through_all_pairs(dataset, queries, batch_size):
-    found = nearest_images(queries, dataset, NEAREST, k=4, batch_size=batch_size)
+@pytest.mark.parametrize("batch_size, turns", [(1, (0,)), (4, (0,)), (23, (0,)), (23, (0, 1, 2, 3))])
+def test_nearest_images_are_those_of_the_search_through_all_pairs(dataset, queries, batch_size, turns):
+    dataset, queries, mollifier = Images(dataset.images[..., :12], turns), queries[..., :12], GaussianMollifier(1.0, 12)
+    found = nearest_images(queries, dataset, mollifier, k=4, batch_size=batch_size)
     for i, query in enumerate(queries):
         pairs = []
         for item, image in enumerate(dataset.images):
-            sides = [(NEAREST.blur(query) - NEAREST.blur(to_float(side))).square().mean().item()
-                     for side in (image, image.flip(-1))]
-            pairs.append((min(sides), item, sides[1] < sides[0]))
+            forms = [(mollifier.blur(query) - mollifier.blur(to_float(oriented(image, one)))).square().mean().item()
+                     for one in dataset.orientations]
+            pairs.append((min(forms), item, forms.index(min(forms))))
         expected = sorted(pairs)[:4]
         torch.testing.assert_close(found.distance[i], torch.tensor([pair[0] for pair in expected]))
         assert found.item[i].tolist() == [pair[1] for pair in expected]
-        assert found.mirrored[i].tolist() == [pair[2] for pair in expected]
+        assert found.orientation[i].tolist() == [pair[2] for pair in expected]
 
 
 def test_copies_and_mirrored_copies_are_found(dataset):
     copies = torch.stack([to_float(dataset[7]), to_float(dataset[2]).flip(-1)])
     found = nearest_images(copies, dataset, NEAREST, k=1)
-    assert found.item.flatten().tolist() == [7, 2] and found.mirrored.flatten().tolist() == [False, True]
+    assert found.item.flatten().tolist() == [7, 2] and found.orientation.flatten().tolist() == [0, 1]
     assert found.distance.max() < 1e-5
 
 
