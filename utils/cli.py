@@ -6,6 +6,7 @@ Of several ranks the first that fails prints its line and torchrun stops the oth
 """
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -72,7 +73,7 @@ def point_to_report():
 
 def _parse(argv, several):
     try:
-        extra = flags.FLAGS(_joined(argv, several))[1:]
+        extra = flags.FLAGS(_joined([_with_home(word) for word in argv], several))[1:]
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)
     except (AttributeError, KeyError) as error:  # from ml_collections, with the name and perhaps a similar one
@@ -81,6 +82,11 @@ def _parse(argv, several):
         raise UserError(f"unknown config field {error}") from None
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; flags start with -- (see --help)")
+
+
+def _with_home(word):
+    """The word with ~ expanded at the start of every path; a shell does not expand it within --flag=~/path."""
+    return re.sub(r"(^|(?<=[=,]))~(?=/|$)", lambda _: os.path.expanduser("~"), word)
 
 
 def _joined(argv, several):

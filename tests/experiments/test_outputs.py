@@ -1,4 +1,4 @@
-"""Files of results are UTF-8 in any locale, and written before anything is printed."""
+"""Files of results: UTF-8 in any locale, written before anything is printed, in the home folder if a flag says ~."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import torch
 
 from experiments.lib import benchmark_suites
 from experiments.lib.image_folders import ImageFolder
+from tests.data.layouts import write_folder
 from tests.scripts import run_script
 from tests.tiny import tiny_config, write_config_file
 
@@ -50,3 +51,18 @@ def test_a_report_is_utf_8_in_any_locale(trained, tmp_path):
     finally:
         locale.setlocale(locale.LC_CTYPE, before)
     assert "∞-Diff" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_home_is_expanded_in_every_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_folder(tmp_path / "data", 41)
+    write_config_file(tiny_config("nowhere", "elsewhere", "folder"), tmp_path / "config.py")
+    made = run_script("experiments/generate_noise.py", "--config=~/config.py", "--config.data.root_dir=~/data",
+                      "--output=~/noise")
+    assert made.code == 0, made.err
+    two_folders(tmp_path, "")
+    compared = run_script("experiments/compare_resolutions.py", "--reference=~/a", "--samples=~/b,~/noise", "--output",
+                          "~/scores.json")
+    assert compared.code == 0, compared.err
+    assert [row["folder"] for row in json.loads((tmp_path / "scores.json").read_text())] == [
+        str(tmp_path / "b"), str(tmp_path / "noise")]
