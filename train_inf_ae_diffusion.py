@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from data.coordinates import Coordinates
 from data.datasets import build_dataset, log_images
 from data.loader import all_batches, training_batches
-from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.gaussian_diffusion import build_diffusion, sampling_diffusion
 from diffusion.sampling import decode, encode
 from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_decoder, build_encoder
@@ -25,7 +25,6 @@ from utils.trainer import Trainer
 CONFIG = config.define_config_flag("config", "autoencoder config, for example configs/ffhq_256_config.py")
 VALIDATION_IMAGES = 256
 TIME_BINS = 4  # parts of the chain with a validation loss each
-PLOT_STEPS = 50  # DDIM steps of the images sampled during training
 
 
 def denoising_terms(modules, diffusion, cfg, images, t, stream):
@@ -56,7 +55,7 @@ def denoising_terms(modules, diffusion, cfg, images, t, stream):
 def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     """{"loss": mean loss of a batch at random time steps, and the means of its terms}, scalars."""
     stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
-    t, weights = timesteps.sample(rng.rand((len(batch.images),), stream("t"), batch.images.device))
+    t, weights = timesteps.sample(rng.rand((len(batch.images), 2), stream("t"), batch.images.device), step)
     terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
     timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
@@ -83,7 +82,7 @@ def pictures(modules, dataset, diffusion, cfg, device, tick):
 
     def show(z, purpose):
         generators = rng.sample_generators(device, index, cfg.run.seed, purpose)
-        return decode(modules["decoder"], diffusion, z, size, "ddim", generators, channels, progress=tick)
+        return decode(modules["decoder"], diffusion, z, size, generators, channels, progress=tick)
 
     pairs = torch.cat([images, show(z, "reconstruction")])
     spread = (z - z.mean(0)).square().mean(0).sqrt()
@@ -104,7 +103,7 @@ def main():
     config.check_batch_fits(cfg, len(train_set), "images")
     log_images(train_set, heldout)
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
-    plot_steps = min(PLOT_STEPS, cfg.diffusion.steps)
+    plot_diffusion = sampling_diffusion(cfg, quick=True)
 
     trainer = Trainer(cfg, "autoencoder", modules,
                       functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg), device,
@@ -116,8 +115,8 @@ def main():
                                               accumulation_steps=cfg.train.accumulation_steps),
         validate=lambda ema: validation_loss(ema, shown, batch_size, diffusion, cfg, device),
         plot=functools.partial(pictures, dataset=shown, cfg=cfg, device=device,
-                               diffusion=build_diffusion(cfg, plot_steps)),
-        plot_steps=2 * plot_steps)  # of reconstructions, and of samples
+                               diffusion=plot_diffusion),
+        plot_steps=2 * plot_diffusion.evaluations)  # of reconstructions, and of samples
     cli.point_to_report()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from data.datasets import build_dataset, log_images
 from data.latents import latents_key, load_latents
 from data.loader import training_item, training_positions
-from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.gaussian_diffusion import build_diffusion, sampling_diffusion
 from diffusion.sampling import decode, encode, sample_latents
 from diffusion.timestep_samplers import build_timestep_sampler
 from models.build import build_latent_model
@@ -28,7 +28,6 @@ from utils.trainer import Trainer
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the trained autoencoder")
 VALIDATION_PAIRS = 1024
-PLOT_STEPS = 50  # sampling steps, of latents and of images, for the images sampled during training
 
 
 class LatentBatch(NamedTuple):
@@ -57,7 +56,7 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
         one = rng.generator(device, cfg.run.seed, purpose, step)
         return make((cfg.train.batch_size, *shape), one, device)[batch.part]
 
-    t, weights = timesteps.sample(draw(rng.rand, "t"))
+    t, weights = timesteps.sample(draw(rng.rand, "t", 2), step)
     noise = draw(rng.randn, "noise", batch.z.shape[1])
     terms = diffusion.training_losses(modules["latent_model"], batch.z, t, None, noise)
     timesteps.record(t, terms["loss"])
@@ -78,11 +77,11 @@ def validation_loss(modules, heldout, diffusion):
 def pictures(modules, autoencoder, latents, cfg, decoder_cfg, device, tick):
     """Images decoded from sampled latents."""
     generators = rng.sample_generators(device, range(cfg.train.sample_size), cfg.run.seed, "samples")
-    z = sample_latents(modules["latent_model"], build_diffusion(cfg, min(PLOT_STEPS, cfg.diffusion.steps)),
-                       latents.mean.to(device), latents.std.to(device), generators, "ddim", tick)
+    z = sample_latents(modules["latent_model"], sampling_diffusion(cfg, quick=True), latents.mean.to(device),
+                       latents.std.to(device), generators, tick)
     size = (decoder_cfg.data.img_size, decoder_cfg.data.img_size)
-    images = decode(autoencoder["decoder"], build_diffusion(decoder_cfg, min(PLOT_STEPS, decoder_cfg.diffusion.steps)),
-                    z, size, "ddim", generators, decoder_cfg.data.channels, progress=tick)
+    images = decode(autoencoder["decoder"], sampling_diffusion(decoder_cfg, quick=True), z, size, generators,
+                    decoder_cfg.data.channels, progress=tick)
     return {"samples": tile(to_uint8(images), max(1, round(len(images) ** 0.5)))}
 
 
@@ -123,7 +122,7 @@ def main():
         batches=lambda step: latent_batches(train_set, cfg, step),
         validate=lambda ema: validation_loss(ema, heldout, diffusion),
         plot=lambda ema, tick: pictures(ema, autoencoder, latents, cfg, decoder_cfg, device, tick),
-        plot_steps=sum(min(PLOT_STEPS, one.diffusion.steps) for one in (cfg, decoder_cfg)))
+        plot_steps=sum(sampling_diffusion(one, quick=True).evaluations for one in (cfg, decoder_cfg)))
     cli.point_to_report()
 
 

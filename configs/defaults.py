@@ -82,6 +82,7 @@ def autoencoder_config(img_size):
     model.kld_weight = 1e-4
 
     config.diffusion = diffusion = ConfigDict()
+    diffusion.objective = "ddpm"  # ddpm, flow, few_step
     diffusion.steps = 1000
     diffusion.noise_schedule = "cosine"  # cosine, linear, shifted_cosine, const0.008
     diffusion.schedule_sampler = "uniform"  # uniform, loss-second-moment
@@ -157,6 +158,7 @@ def latent_config():
     model.dropout = 0.0
 
     config.diffusion = diffusion = ConfigDict()
+    diffusion.objective = "ddpm"
     diffusion.steps = 1000
     diffusion.noise_schedule = "const0.008"
     diffusion.schedule_sampler = "uniform"

@@ -3,16 +3,22 @@
 With the identity as mollifier this is plain DDPM; with states [B, Z] it is the diffusion of latents.
 """
 
+import copy
 import math
 
+from diffusion.flow import Flow, FlowSchedule, gather, scatter
 from diffusion.losses import gaussian_kl, mean_per_sample, multiscale_loss, prediction_loss, vlb_weight
 from diffusion.mollifier import WIENER_EPS, GaussianMollifier
 from diffusion.parameterisation import Parameterisation
-from diffusion.schedules import Schedule, log_snr_timesteps, make_betas, respaced_timesteps
+from diffusion.samplers import SAMPLERS
+from diffusion.schedules import Schedule, check_count, log_snr_timesteps, make_betas, respaced_timesteps
 from utils.errors import UserError
 from utils.rng import randn
 
 IMAGE_VARIANCE = 0.25  # pointwise, of a mollified image in [-1, 1], for preconditioning; photographs have 0.2 to 0.3
+LATENT_VARIANCE = 1.0  # latents are standardised
+EVALUATIONS = {"ddpm": 100, "flow": 50, "few_step": 4}  # of the network for an image, by default
+QUICK_EVALUATIONS = 50  # at most, for the pictures of a training run
 
 
 class GaussianDiffusion:
@@ -27,11 +33,12 @@ class GaussianDiffusion:
     multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
     balance_loss          weight the loss of each step by Parameterisation.balance, so that steps of high noise, which
                           determine the layout of an image and train the latent, count as much as others
+    sampler               ddim, ddpm or dpm_solver
     """
 
     def __init__(
         self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None,
-        balance_loss=False
+        balance_loss=False, sampler="ddim"
     ):
         self.schedule = schedule
         self.mollifier = mollifier
@@ -40,10 +47,23 @@ class GaussianDiffusion:
         self.variance = variance
         self.multiscale_max_size = multiscale_max_size
         self.balance_loss = balance_loss
+        self.sampler = sampler
 
     @property
     def num_steps(self):
         return len(self.schedule)
+
+    @property
+    def evaluations(self):
+        """Of the network that a sample takes."""
+        return len(self.schedule)
+
+    def with_mollifier(self, mollifier):
+        """The same diffusion with another mollifier."""
+        diffusion = copy.copy(self)
+        diffusion.parameterisation = copy.copy(self.parameterisation)
+        diffusion.mollifier = diffusion.parameterisation.mollifier = mollifier
+        return diffusion
 
     def q_sample(self, x0, t, noise):
         """x_t = T(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi), like x0 (docs/method.md, 3.2).
@@ -75,8 +95,8 @@ class GaussianDiffusion:
         """
         if noise is None:
             noise = randn(x0.shape, generator, x0.device)
-        values = _gather(self.q_sample(x0, t, noise), coords)
-        target = _gather(self.parameterisation.target(x0, self.mollifier.scale_noise(noise), t), coords)
+        values = gather(self.q_sample(x0, t, noise), coords)
+        target = gather(self.parameterisation.target(x0, self.mollifier.scale_noise(noise), t), coords)
         prediction, fraction = self._predict(model_fn, values, t)
 
         losses = {"mse": prediction_loss("mse", prediction, target).detach()}
@@ -145,37 +165,55 @@ class Denoiser:
     def with_variance(self, x, t):
         """The estimate of T x_0, and the variance of p(x_{t-1} | x_t) as a factor of T T*, broadcastable to x."""
         diffusion = self.diffusion
-        values = _gather(x, self.coords)
+        values = gather(x, self.coords)
         prediction, fraction = diffusion._predict(self.model_fn, values, t)
-        estimate = _scatter(diffusion.parameterisation.estimate(prediction, values, t, self.coords), self.coords)
+        estimate = scatter(diffusion.parameterisation.estimate(prediction, values, t, self.coords), self.coords)
         if self.clip:
             estimate = estimate.clamp(-1, 1)
         if fraction is None:
             return estimate, diffusion.schedule.at(f"variance_{diffusion.variance}", t, x)
-        return estimate, _scatter(diffusion._log_variance(fraction, t).exp(), self.coords)
+        return estimate, scatter(diffusion._log_variance(fraction, t).exp(), self.coords)
 
 
-def build_diffusion(config, steps=None, sampler="ddim", wiener_eps=WIENER_EPS):
-    """GaussianDiffusion for a checked config of either stage.
+def build_diffusion(config, steps=None, sampler=None, wiener_eps=WIENER_EPS):
+    """GaussianDiffusion or Flow for a checked config of either stage, as diffusion.objective says.
 
-    steps       number of steps of diffusion.steps to visit when sampling; None: all (training)
-    sampler     determines their spacing: even in the log SNR for dpm_solver, even in time otherwise
+    steps       network evaluations of a sample, at most diffusion.steps; None: all steps (training)
+    sampler     one of diffusion.samplers.SAMPLERS, by default the objective's first. It determines the spacing of the
+                steps: even in the log SNR for dpm_solver, even in time otherwise
     wiener_eps  epsilon of the Wiener filter
     A stage-2 config has no fields for the mollifier, learned variance, preconditioning and the multiscale loss, which
     are then off. Raises UserError for values that do not go together.
     """
-    options, images = config.diffusion, "img_size" in config.get("data", {})
+    options, images = config.diffusion, _has_images(config)
     resolution = config.data.img_size if images else None
+    flag = "--sampling_steps" if images else "--latent_sampling_steps"
+    sampler = resolve_sampler(config, sampler)
+    mollified = options.get("mollifier_type", "none") == "dct"
+    mollifier = GaussianMollifier(options.gaussian_filter_std if mollified else 0.0, resolution, wiener_eps)
+    multiscale_max_size = options.multiscale_max_img_size if options.get("multiscale_loss", False) else None
+
+    if options.objective != "ddpm":
+        _check_flow(config)
+        if steps is not None:
+            check_count(options.steps, steps, flag)
+        evaluations = steps or options.steps
+        return Flow(
+            FlowSchedule(evaluations // 2 + 1 if sampler == "heun" and steps else evaluations),
+            mollifier,
+            IMAGE_VARIANCE if images else LATENT_VARIANCE,
+            jumps=options.objective == "few_step",
+            sampler=sampler,
+            evaluations=evaluations,
+            multiscale_max_size=multiscale_max_size,
+        )
+
     betas = make_betas(options.noise_schedule, options.steps, resolution)
     visited = None
     if steps is not None:
-        flag = "--sampling_steps" if images else "--latent_sampling_steps"
         visited = (log_snr_timesteps(betas, steps, flag) if sampler == "dpm_solver"
                    else respaced_timesteps(options.steps, steps, flag))
     schedule = Schedule.from_betas(betas, visited)
-
-    mollified = options.get("mollifier_type", "none") == "dct"
-    mollifier = GaussianMollifier(options.gaussian_filter_std if mollified else 0.0, resolution, wiener_eps)
 
     data_variance = None
     if options.get("precondition", False):
@@ -192,14 +230,50 @@ def build_diffusion(config, steps=None, sampler="ddim", wiener_eps=WIENER_EPS):
         Parameterisation(options.model_mean_type, schedule, mollifier, data_variance),
         loss_type=options.loss_type,
         variance="learned" if config.model.get("learn_sigma", False) else variance,
-        multiscale_max_size=options.multiscale_max_img_size if options.get("multiscale_loss", False) else None,
+        multiscale_max_size=multiscale_max_size,
         balance_loss=options.get("balance_loss", False),
+        sampler=sampler,
     )
 
 
-def _gather(image, coords):
-    return image if coords is None else coords.gather(image)
+def sampling_diffusion(config, steps=None, sampler=None, wiener_eps=WIENER_EPS, quick=False):
+    """build_diffusion with the sampler and the number of evaluations that suit the objective, where none are given.
+
+    Latents of a ddpm model take all steps of ancestral sampling.
+    quick     for a look at a model in training: the objective's first sampler, with fewer evaluations
+    """
+    objective, most = config.diffusion.objective, config.diffusion.steps
+    if quick:
+        return build_diffusion(config, min(QUICK_EVALUATIONS, EVALUATIONS[objective], most))
+    if objective == "ddpm" and not _has_images(config):
+        steps, sampler = steps or most, sampler or "ddpm"
+    return build_diffusion(config, steps or min(EVALUATIONS[objective], most), sampler, wiener_eps)
 
 
-def _scatter(values, coords):
-    return values if coords is None else coords.scatter(values)
+def resolve_sampler(config, name=None):
+    """The sampler `name`, or the first one of diffusion.objective. UserError if it does not fit the objective."""
+    objective = config.diffusion.objective
+    if name is None:
+        return SAMPLERS[objective][0]
+    if name not in SAMPLERS[objective]:
+        flag = "--sampler" if _has_images(config) else "--latent_sampler"
+        raise UserError(f"{flag}={name} does not sample a model with diffusion.objective={objective!r}; use one of "
+                        f"{', '.join(SAMPLERS[objective])}")
+    return name
+
+
+def _check_flow(config):
+    """UserError for options that only GaussianDiffusion has."""
+    objective = config.diffusion.objective
+    needed = {"diffusion.loss_type": "mse", "diffusion.precondition": False, "diffusion.balance_loss": False,
+              "model.learn_sigma": False, "model.sigma_small": False}
+    if objective == "few_step":
+        needed["diffusion.schedule_sampler"] = "uniform"
+    for name, value in needed.items():
+        section, field = name.split(".")
+        if (given := config[section].get(field, value)) != value:
+            raise UserError(f"{name}={given!r} does not go with diffusion.objective={objective!r}; use {value!r}")
+
+
+def _has_images(config):
+    return "img_size" in config.get("data", {})

@@ -12,7 +12,7 @@ but no unknown pixel enters.
 import torch
 import torch.nn.functional as F
 
-from diffusion.samplers import ddim_step, white_noise
+from diffusion.samplers import ddim_step, fresh_noise, white_noise
 
 
 class KnownPixels:
@@ -98,6 +98,10 @@ class Consistent:
         estimate, variance = self.denoise.with_variance(x, t)
         return self._corrected(estimate), variance
 
+    def jump(self, x, t):
+        """The corrected estimate of a jump."""
+        return self._corrected(self.denoise.jump(x, t))
+
     def _corrected(self, tx0):
         return tx0 + self.weight * self.constraint.gap(tx0)
 
@@ -117,24 +121,24 @@ def guided_ddim(
     jumps        repetitions of every step but the last: back to x_t with fresh noise and down again, which harmonises
                  unknown with known parts (RePaint, Lugmayr et al. 2022)
     """
-    for t, a, a_prev in schedule.reversed_pairs():
+    for t, now, after in schedule.levels():
         for remaining in reversed(range(1 + (jumps if t > 0 else 0))):
             time = torch.full((len(x),), t, device=x.device)
-            x0, push = _push(denoise, x, time, constraint, guidance if t > 0 else 0.0, a_prev)
+            x0, push = _push(denoise, x, time, constraint, guidance if t > 0 else 0.0, after[0])
             if consistency:
                 x0 = x0 + consistency * constraint.gap(x0)
-            x = ddim_step(x, x0, a, a_prev) - push
+            x = ddim_step(x, x0, now, after) - push
             if remaining:
-                x = (a / a_prev).sqrt() * x + (1 - a / a_prev).sqrt() * noise_like(x, generator)
+                x = now[0] / after[0] * x + fresh_noise(after, now) * noise_like(x, generator)
         yield t, x
 
 
-def _push(denoise, x, t, constraint, guidance, a_prev):
+def _push(denoise, x, t, constraint, guidance, signal):
     """(T x̂_0, the term that guidance subtracts from x_{t−1}), both like x.
 
     The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² treats T x̄ as constant. Two measures keep the state within the process:
     T T* maps the gradient with respect to pixels to the space of states x_t = T u, since the Wiener filter would
-    amplify anything outside it. And the norm is limited to that of sqrt(alpha_bar_{t−1}) gap, the change that closes
+    amplify anything outside it. And the norm is limited to that of a_{t−1} gap, the change that closes
     the gap, because the slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
     """
     if guidance == 0:
@@ -145,7 +149,7 @@ def _push(denoise, x, t, constraint, guidance, a_prev):
         gap = constraint.gap(x0.detach())
         gradient, = torch.autograd.grad(x0, x, -2 * constraint.project(gap))
     push = guidance * constraint.mollifier.blur(constraint.mollifier.blur(gradient))
-    longest = a_prev.sqrt() * _norm(gap)
+    longest = signal * _norm(gap)
     return x0.detach(), push * (longest / _norm(push).clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
 
 

@@ -8,7 +8,8 @@ import math
 import torch
 
 from data.coordinates import Coordinates
-from diffusion.samplers import ddim_invert, sample
+from diffusion.samplers import invert as inverse_path
+from diffusion.samplers import sample
 from utils import rng
 
 
@@ -29,7 +30,7 @@ def encode(encoder, images, known=None, max_points=None):
 
 @torch.no_grad()
 def decode(
-    decoder, diffusion, z, size, sampler="ddim", generators=None, channels=3, eta=0.0, progress=None, path=None,
+    decoder, diffusion, z, size, generators=None, channels=3, eta=0.0, progress=None, path=None,
     max_points=None
 ):
     """Images float32 [B, C, H, W] in [-1, 1] for latents z [B, Z], at any size (H, W) (docs/method.md, 5).
@@ -37,7 +38,8 @@ def decode(
     The chain starts at T xi and stays in the mollified space. The Wiener filter sharpens its last state T x_0 once.
     generators   one torch.Generator per image; z and its generator determine an image, the same one at every size
     progress     called after every step with the fraction of the images that the step was for
-    path         (denoise, T xi) -> path of states, in place of that of `sampler`: guidance, or another initial state
+    path         (denoise, T xi) -> path of states, in place of that of the diffusion's sampler: guidance, or another
+                 initial state
     max_points   pixels of all images together that the network takes at a time; None: no limit
     """
     images, at_once = [], len(z) if path else images_at_once(len(z), size, max_points)
@@ -47,7 +49,7 @@ def decode(
         denoise = _denoiser(decoder, diffusion, latents, size, max_points)
         start = torch.empty(len(latents), channels, *size, device=z.device)
         x = diffusion.mollifier.noise_like(start, streams)
-        for _, state in path(denoise, x) if path else sample(sampler, denoise, x, diffusion, streams, eta):
+        for _, state in path(denoise, x) if path else sample(denoise, x, diffusion, streams, eta):
             if progress:
                 progress(len(latents) / len(z))
         images.append(diffusion.mollifier.sharpen(state).clamp(-1, 1))
@@ -56,23 +58,24 @@ def decode(
 
 @torch.no_grad()
 def invert(decoder, diffusion, images, z, progress=None, max_points=None):
-    """The state of the last step, [B, C, H, W], that ddim maps back to images [B, C, H, W] with latents z [B, Z].
+    """The state of the last step, [B, C, H, W], that the sampler maps back to images [B, C, H, W] with latents
+    z [B, Z].
 
     progress and max_points as in decode; T x_0, the first state, counts as a step.
     """
     denoise = _denoiser(decoder, diffusion, z, images.shape[-2:], max_points)
-    for _, state in ddim_invert(denoise, diffusion.mollifier.blur(images), diffusion.schedule):
+    for _, state in inverse_path(denoise, diffusion.mollifier.blur(images), diffusion):
         if progress:
             progress(1)
     return state
 
 
 @torch.no_grad()
-def sample_latents(latent_model, diffusion, mean, std, generators, sampler="ddim", progress=None):
+def sample_latents(latent_model, diffusion, mean, std, generators, progress=None):
     """Latents float32 [B, Z] in the encoder's units, one per generator; mean and std [Z] undo the standardisation."""
     denoise = diffusion.denoiser(latent_model, None, clip=False)
     x = rng.randn((len(generators), len(mean)), generators, mean.device)
-    for _, state in sample(sampler, denoise, x, diffusion, generators):
+    for _, state in sample(denoise, x, diffusion, generators):
         if progress:
             progress(1)
     return state * std + mean

@@ -55,7 +55,7 @@ def respaced_timesteps(total, count, flag="--sampling_steps"):
     A single step is [total - 1], because sampling starts at pure noise.
     Raises UserError, naming `flag`, unless 1 <= count <= total.
     """
-    _check_count(total, count, flag)
+    check_count(total, count, flag)
     if count == 1:
         return [total - 1]
     gaps = count - 1
@@ -70,7 +70,7 @@ def log_snr_timesteps(betas, count, flag="--sampling_steps"):
     step crosses everything below LOWEST, a third of the range of the cosine schedule.
     """
     total = len(betas)
-    _check_count(total, count, flag)
+    check_count(total, count, flag)
     noise = -half_log_snr(torch.cumprod(1 - betas, dim=0)).numpy()  # ascending
     wanted = np.linspace(noise[0], min(noise[-1], -LOWEST), count)
     step, place = np.interp(wanted, noise, np.arange(total)).round().astype(int), np.arange(count)
@@ -84,7 +84,7 @@ def half_log_snr(alpha_bar):
     return 0.5 * (alpha_bar / (1 - alpha_bar)).log()
 
 
-def _check_count(total, count, flag):
+def check_count(total, count, flag):
     if not 1 <= count <= total:
         raise UserError(f"{flag}={count} must lie between 1 and diffusion.steps={total}")
 
@@ -180,6 +180,11 @@ class Schedule:
         if (name, device) not in self._copies:
             self._copies[name, device] = getattr(self, name).to(device)
         return self._copies[name, device]
+
+    def levels(self):
+        """Yield (t, (a, b) of x_t = a T x_0 + b T xi at t, the same at t - 1) from the last step to 0, floats."""
+        for t, now, after in self.reversed_pairs():
+            yield t, (now.sqrt().item(), (1 - now).sqrt().item()), (after.sqrt().item(), (1 - after).sqrt().item())
 
     def reversed_pairs(self):
         """Yield (t, alpha_bar at t, alpha_bar at t - 1) from the last step to 0; float64 scalars, 1 before step 0."""

@@ -5,6 +5,9 @@ import torch
 from utils import distributed
 from utils.errors import UserError
 
+ALPHA_FALLS = 0.15, 0.6  # fractions of the training between which alpha of JumpTimes falls from 1
+LAST_ALPHA = 0.1
+
 
 class UniformSampler:
     """Draws all steps with equal probability and weight 1; has no state."""
@@ -16,10 +19,14 @@ class UniformSampler:
         """Probability of every step, float64 [steps]."""
         return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
-    def sample(self, uniform):
-        """Steps t int64 [B] and weights 1 / (steps · p_t) float32 [B] from uniform draws [B] in [0, 1)."""
+    def sample(self, uniform, step):
+        """Steps t int64 [B] and weights 1 / (steps · p_t) float32 [B] from uniform draws [B, 2] in [0, 1).
+
+        step    of the training, which JumpTimes depends on; it alone uses the second column of the draws
+        """
         probabilities = self.probabilities(uniform.device)
-        t = torch.searchsorted(probabilities.cumsum(dim=0), uniform.double(), right=True).clamp(max=self.steps - 1)
+        t = torch.searchsorted(probabilities.cumsum(dim=0), uniform[:, 0].double(), right=True)
+        t = t.clamp(max=self.steps - 1)
         return t, (1 / (self.steps * probabilities[t])).float()
 
     def record(self, t, losses):
@@ -101,9 +108,38 @@ class LossSecondMomentSampler(UniformSampler):
         self._counts[:-1] = state["counts"]
 
 
+class JumpTimes(UniformSampler):
+    """Times t <= s <= r of the jump objective, in [0, 1] (docs/method.md, 8.3).
+
+    Half of the samples are flow matching, t = s = r with t uniform. For the others (t, r) are two uniforms in order, or
+    r = 1 for half of them, and s = alpha r + (1 - alpha) t. alpha is 1 at first, so that velocities are learnt before
+    what depends on them, and then falls linearly.
+    """
+
+    def __init__(self, max_steps):
+        self.max_steps = max_steps
+
+    def alpha(self, step):
+        """alpha in training step `step`, a float."""
+        first, last = ALPHA_FALLS
+        return 1 + (LAST_ALPHA - 1) * min(max((step / self.max_steps - first) / (last - first), 0.0), 1.0)
+
+    def sample(self, uniform, step):
+        """Times (t, s, r) float32 [B, 3] and weights 1, float32 [B], from uniform draws [B, 2] in [0, 1)."""
+        first, second = uniform.unbind(1)
+        matching = second < 0.5
+        t = torch.where(matching, first, 1 - (1 - first).sqrt())  # the smaller of two uniforms has this distribution
+        r = torch.where(second < 0.75, 1, t + (1 - t) * (4 * second - 3))
+        r = torch.where(matching, t, r)
+        alpha = self.alpha(step)
+        return torch.stack([t, alpha * r + (1 - alpha) * t, r], dim=1), torch.ones_like(t)
+
+
 SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
 
 
 def build_timestep_sampler(config):
-    """The sampler named by diffusion.schedule_sampler, over diffusion.steps steps."""
+    """The sampler named by diffusion.schedule_sampler, over diffusion.steps steps; JumpTimes for few_step."""
+    if config.diffusion.objective == "few_step":
+        return JumpTimes(config.train.max_steps)
     return SCHEDULE_SAMPLERS[config.diffusion.schedule_sampler](config.diffusion.steps)

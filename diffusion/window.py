@@ -8,7 +8,6 @@ The result differs from the same window of the large image in two respects: the 
 the two resolutions, and details around the window that the training resolution cannot represent are missing.
 """
 
-import copy
 import functools
 import math
 import sys
@@ -33,8 +32,8 @@ def check_window(diffusion):
 
 
 @torch.no_grad()
-def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generators=None, channels=3, eta=0.0,
-                  progress=None, max_points=None):
+def decode_window(decoder, diffusion, z, size, window, generators=None, channels=3, eta=0.0, progress=None,
+                  max_points=None):
     """A window of the images that diffusion.sampling.decode returns for z [B, Z], float32 [B, C, h, w] in [-1, 1].
 
     window       ((top, bottom), (left, right)) in an image of `size` (H, W); other arguments as in decode
@@ -49,7 +48,7 @@ def decode_window(decoder, diffusion, z, size, window, sampler="ddim", generator
         streams = generators and generators[first : first + at_once]
         coarse = _Coarse(decoder, diffusion, latents, max_points)
         fine = _Fine(decoder, diffusion, part, latents, max_points, coarse)
-        paths = [sample(sampler, side.diffusion.denoiser(side.predict, side.coords), _start(side, channels, own),
+        paths = [sample(side.diffusion.denoiser(side.predict, side.coords), _start(side, channels, own),
                         side.diffusion, own, eta)
                  for side, own in ((coarse, streams), (fine, _copies(streams)))]
         for (_, whole), (_, state) in zip(*paths, strict=True):
@@ -79,7 +78,7 @@ class _Fine:
     def __init__(self, decoder, diffusion, window, z, max_points, coarse):
         self.decoder, self.z, self.max_points, self.coarse = decoder, z, max_points, coarse
         self.coords, self.field, self.surroundings = _regions(decoder, diffusion, window)
-        self.diffusion = _with_mollifier(diffusion, _WindowMollifier(diffusion.mollifier, self.coords))
+        self.diffusion = diffusion.with_mollifier(_WindowMollifier(diffusion.mollifier, self.coords))
 
     def predict(self, values, t):
         """values [B, L, C] -> the prediction [B, L, C] of the decoder, which also sees the receptive field around."""
@@ -132,14 +131,6 @@ class _WindowMollifier(GaussianMollifier):
     def noise_like(self, x, generator=None):
         places = slice(*self.window.rows), slice(*self.window.columns)
         return self.whole.noise_at(x, self.window.image_size, places, generator)
-
-
-def _with_mollifier(diffusion, mollifier):
-    """The same diffusion with another mollifier."""
-    diffusion, parameterisation = copy.copy(diffusion), copy.copy(diffusion.parameterisation)
-    diffusion.mollifier = parameterisation.mollifier = mollifier
-    diffusion.parameterisation = parameterisation
-    return diffusion
 
 
 def _copies(generators):

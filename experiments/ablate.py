@@ -79,7 +79,7 @@ def main():
     configs = {variant.experiment: variant.config(base, output) for variant in variants}
     network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
     heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
-    check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value)
+    check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value, SAMPLER.value)
     check_settings(output / "settings.json", base)
     log_images(build_dataset(base, train=True), heldout.dataset)
 

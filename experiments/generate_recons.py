@@ -48,10 +48,10 @@ def main():
     origin = {"split": SPLIT.value, "data": dataset.fingerprint()}
     originals = ImageFolder(output / "originals", total, origin, output)
     reconstructions = ImageFolder(output / "reconstructions", total, {
-        **origin, "size": list(size), "seed": cfg.run.seed, "sampler": SAMPLER.value, "steps": STEPS.value,
+        **origin, "size": list(size), "seed": cfg.run.seed, "sampler": autoencoder.sampler, "steps": autoencoder.steps,
         "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output)
 
-    for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, STEPS.value, [originals]):
+    for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, autoencoder.steps, [originals]):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))
         generators = autoencoder.generators(indices, "reconstruction")
         originals.save(indices, images)

@@ -18,6 +18,7 @@ from absl import flags
 from data.images import read_image
 from data.loader import to_float
 from diffusion.guidance import Constraint, KnownPixels, guided_ddim
+from diffusion.samplers import FIRST_ORDER
 from diffusion.sampling import images_at_once
 from experiments.lib.applications import (
     latent_sampler,
@@ -41,7 +42,7 @@ GUIDANCE = float_flag("guidance", 1.0, "lambda of reconstruction guidance; 0 for
 CONSISTENCY = float_flag("consistency", 1.0, "share of the known pixels in the estimate of each step: 0 for none, 1 "
                          "for exactly the known pixels", high=1.0)
 JUMPS = flags.DEFINE_integer("jumps", 0, "repetitions of each step, each after fresh noise", lower_bound=0)
-STEPS = steps_flag()
+STEPS = steps_flag(100)
 SIZE = size_flag("held-out images")
 INPUT = input_flag()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "largest number of images", lower_bound=1)
@@ -51,7 +52,8 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: i
 
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value, inv_snr=INV_SNR.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, FIRST_ORDER[cfg.diffusion.objective], MAX_POINTS.value,
+                                     inv_snr=INV_SNR.value)
     autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
     images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
     total, _, *size = images.shape
@@ -64,12 +66,12 @@ def main():
 
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
     settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
-                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": STEPS.value, "seed": cfg.run.seed,
+                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": autoencoder.steps, "seed": cfg.run.seed,
                 "inv_snr": INV_SNR.value, "decoder": autoencoder.identity, "latent_model": latent_model}
     folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
-    for indices, progress in folders["results"].missing_batches(batch_size, STEPS.value, folders.values()):
+    for indices, progress in folders["results"].missing_batches(batch_size, autoencoder.steps, folders.values()):
         truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
         constraint = Constraint(KnownPixels(mask), mask * truth, autoencoder.diffusion.mollifier)
         z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)

@@ -46,7 +46,7 @@ DIRECTIONS = flags.DEFINE_integer("directions", 3, "number of principal directio
 REACH = float_flag("reach", 2.0, "length of a path along a direction, each way, in standard deviations", high=1000.0)
 ENCODINGS = flags.DEFINE_integer("encodings", 1000, "number of training images whose encodings give the mean and the "
                                  "principal directions", lower_bound=2)
-STEPS = steps_flag()
+STEPS = steps_flag(100)
 SIZE = size_flag("held-out images or samples")
 INPUT = input_flag()
 INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
@@ -73,7 +73,7 @@ def main():
     draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
 
     output = Path(OUTPUT.value or f"interpolation/{cfg.run.experiment}")
-    settings = {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "steps": STEPS.value,
+    settings = {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "steps": autoencoder.steps,
                 "inv_snr": INV_SNR.value, "directions": DIRECTIONS.value, "reach": REACH.value,
                 "encodings": ENCODINGS.value, "seed": cfg.run.seed, "decoder": autoencoder.identity,
                 "latent_model": latent_model}

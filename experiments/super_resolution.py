@@ -55,7 +55,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: s
 def main():
     cfg = config.read_trained_autoencoder_config(CONFIG)
     check_encoder(cfg)
-    check_flags()
+    check_flags(cfg)
     input_size = config.parse_image_size(INPUT_SIZE.value, cfg.data.img_size, INPUT_SIZE.name)
     autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
     small, truth, size, origin = read_inputs(cfg, INPUT.value, input_size, result_size, NUM_SAMPLES.value)
@@ -64,7 +64,7 @@ def main():
 
     output = Path(OUTPUT.value or f"super_resolution/{cfg.run.experiment}_{size[0]}x{size[1]}")
     settings = {**origin, "input_size": input_size, "size": list(size), "consistency": CONSISTENCY.value,
-                "sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "seed": cfg.run.seed,
+                "sampler": autoencoder.sampler, "steps": autoencoder.steps, "eta": ETA.value, "seed": cfg.run.seed,
                 "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}
     weights = {"decoded": 0.0, "consistent": CONSISTENCY.value} if CONSISTENCY.value else {"decoded": 0.0}
     names = ["inputs", "bicubic", "lanczos", "backprojected", *weights, *(["truth"] if truth is not None else [])]
@@ -72,7 +72,7 @@ def main():
 
     operator = Downsampling(size, input_size, autoencoder.device)
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
-    for indices, progress in folders[names[-1]].missing_batches(batch_size, STEPS.value * len(weights),
+    for indices, progress in folders[names[-1]].missing_batches(batch_size, autoencoder.steps * len(weights),
                                                                  folders.values()):
         inputs = to_float(small[indices]).to(autoencoder.device)
         constraint = Constraint(operator, inputs, autoencoder.diffusion.mollifier)
@@ -93,9 +93,9 @@ def main():
     print(f"{total} images of {size[0]}x{size[1]} in {output}")
 
 
-def check_flags():
+def check_flags(cfg):
     """UserError for flags that contradict each other."""
-    check_eta(ETA, SAMPLER)
+    check_eta(ETA, SAMPLER, cfg)
     if SIZE.value is not None and SCALE.present:
         raise UserError(f"--scale={SCALE.value} and --sample_img_size={SIZE.value} both set the size of the results; "
                         "give one of them")
@@ -115,7 +115,7 @@ def enlarge(autoencoder, z, constraint, weight, size, generators, progress):
     """Samples [B, C, H, W] for latents z; unless weight is 0, they and their estimates meet the constraint."""
     def path(denoise, x):
         denoise = Consistent(denoise, constraint, weight) if weight else denoise
-        return sample(SAMPLER.value, denoise, x, autoencoder.diffusion, generators, ETA.value)
+        return sample(denoise, x, autoencoder.diffusion, generators, ETA.value)
 
     images = autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
     return constraint.enforce(images) if weight else images

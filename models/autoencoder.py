@@ -22,12 +22,13 @@ class SparseUNet(nn.Module):
     time_emb_dim  number of sinusoidal features of t, and length of its embedding
     z_dim         length of z
     backend       model.backend, for the search for nearest points (models.interpolation)
+    jumps         whether t has a second column, the length of a jump
     """
 
     def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim,
-                 z_dim, backend="auto"):
+                 z_dim, backend="auto", jumps=False):
         super().__init__()
-        self.time = TimeEmbedding(time_emb_dim, time_emb_dim)
+        self.time = TimeEmbedding(time_emb_dim, time_emb_dim, jumps)
         self.points_to_grid = PointsToGrid(
             channels, width, (make_block() for _ in range(num_blocks)), grid_unet.spec, neighbours, backend)
         self.grid_unet = grid_unet
@@ -41,7 +42,7 @@ class SparseUNet(nn.Module):
         self.conditioning = Conditioning(films, time_emb_dim, z_dim)
 
     def forward(self, values, t, z, coords, grid=None, max_points=None):
-        """values [B, L, C], t [B] in [0, 1000), z [B, Z] -> [B, L, out_channels], of the dtype of values.
+        """values [B, L, C], t [B] in [0, 1000] or [B, 2], z [B, Z] -> [B, L, out_channels] in the dtype of values.
 
         grid        result of grid_features for another set of points, such as the whole image that `coords` is a window
                     of; by default that of these points

@@ -81,15 +81,25 @@ class TimeEmbedding(nn.Module):
 
     width  number of sinusoidal features, even
     out    length of the result
+    jumps  add an embedding of a second number, the length of a jump (docs/method.md, 8.2), which is zero at first
     """
 
-    def __init__(self, width, out):
+    def __init__(self, width, out, jumps=False):
         super().__init__()
         self.width = width
         self.mlp = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+        self.jump = TimeEmbedding(width, out) if jumps else None
+        if jumps:
+            nn.init.zeros_(self.jump.mlp[-1].weight)
+            nn.init.zeros_(self.jump.mlp[-1].bias)
 
     def forward(self, t):
-        """t [B], int or float in [0, 1000) -> [B, out]."""
+        """t [B], int or float in [0, 1000], or [B, 2] with jumps -> [B, out]."""
+        if self.jump is not None:
+            return self._embed(t[:, 0]) + self.jump(t[:, 1])
+        return self._embed(t)
+
+    def _embed(self, t):
         return self.mlp(sinusoidal_features(t, self.width).to(self.mlp[0].weight.dtype))
 
 

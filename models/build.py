@@ -28,6 +28,7 @@ def build_decoder(config):
         time_emb_dim=model.time_emb_dim,
         z_dim=model.z_dim,
         backend=model.backend,
+        jumps=config.diffusion.objective == "few_step",
     )
     preserve_variance(decoder)
     return _prepared(config, decoder)
@@ -56,7 +57,8 @@ def build_latent_model(config):
     model = config.model
     _check(model.z_dim >= 1, model, "z_dim", "must be at least 1; an autoencoder without an encoder has no latents")
     _check_even(model, "time_embed_dim")
-    network = MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout)
+    network = MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout,
+                         jumps=config.diffusion.objective == "few_step")
     if config.train.compile:
         network.compile()
     return network

@@ -15,17 +15,18 @@ class MLPSkipNet(nn.Module):
     num_layers    number of layers, at least 2; the last one is a plain Linear to z_dim
     time_emb_dim  number of sinusoidal features of t, even
     dropout       probability of dropping a feature
+    jumps         whether t has a second column, the length of a jump
     """
 
-    def __init__(self, z_dim, hidden_dim, num_layers, time_emb_dim, dropout=0.0):
+    def __init__(self, z_dim, hidden_dim, num_layers, time_emb_dim, dropout=0.0, jumps=False):
         super().__init__()
-        self.time = TimeEmbedding(time_emb_dim, z_dim)
+        self.time = TimeEmbedding(time_emb_dim, z_dim, jumps)
         inputs = [z_dim] + [hidden_dim + z_dim] * (num_layers - 2)
         self.layers = nn.ModuleList(_Layer(width, hidden_dim, z_dim, dropout) for width in inputs)
         self.out = nn.Linear(hidden_dim + z_dim, z_dim)
 
     def forward(self, z, t):
-        """z [B, z_dim], t [B] in [0, 1000) -> [B, z_dim], in the dtype of z."""
+        """z [B, z_dim], t [B] in [0, 1000] or [B, 2] -> [B, z_dim], in the dtype of z."""
         time = F.gelu(self.time(t))
         h = self.layers[0](z, time)
         for layer in self.layers[1:]:

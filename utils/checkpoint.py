@@ -25,6 +25,7 @@ from utils.files import replacing, sync_folder
 FORMAT = 2
 MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits at the end of the file
 CHUNK = 1 << 24
+LATER_FIELDS = {"objective": "ddpm"}  # fields that older checkpoints lack, with the value they were trained with
 TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by kind
 
 
@@ -177,7 +178,7 @@ def architecture_fields(config):
 def check_same_architecture(saved, current, path):
     """UserError naming the first field that differs between two configs (as dicts) and that a network depends on."""
     for section, name in architecture_fields(current):
-        before, value = saved.get(section, {}).get(name), current[section][name]
+        before, value = saved.get(section, {}).get(name, LATER_FIELDS.get(name)), current[section][name]
         if _plain(before) != _plain(value):
             other = "; another size is sampled with --sample_img_size" if name == "img_size" else ""
             raise UserError(f"{path} was trained with {section}.{name}={before!r}, the config has {value!r}; "

@@ -47,6 +47,7 @@ ONE_OF = {
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.nonfinite": ("stop", "skip"),
     "data.channels": (1, 3),
+    "diffusion.objective": ("ddpm", "flow", "few_step"),
     "diffusion.noise_schedule": ("cosine", "linear", "shifted_cosine", "const0.008"),
     "diffusion.schedule_sampler": ("uniform", "loss-second-moment"),
     "diffusion.loss_type": ("mse", "l1", "rescaled_mse"),

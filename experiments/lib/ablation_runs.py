@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from data.datasets import build_dataset
 from data.loader import all_batches
-from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.gaussian_diffusion import build_diffusion, sampling_diffusion
 from diffusion.mollifier import GaussianMollifier
 from experiments.lib.image_folders import ImageFolder, SampleFolder
 from experiments.lib.sampling import TrainedAutoencoder
@@ -73,11 +73,11 @@ def make_variant(axis, name, changes):
     return Variant(axis, name, changes, f"{axis}/{re.sub('[^A-Za-z0-9.]+', '_', name)}" if changes else "base")
 
 
-def check_runs(base, configs, heldout, sampling_steps):
+def check_runs(base, configs, heldout, sampling_steps, sampler):
     """UserError for what training or scoring would refuse hours later."""
     for one in configs:
         config.micro_batch_size(one)
-        build_diffusion(one, sampling_steps)
+        sampling_diffusion(one, sampling_steps, sampler)
     config.check_batch_fits(base, len(build_dataset(base, train=True)), "images")
     if len(heldout) < MIN_IMAGES:
         raise UserError(f"{len(heldout)} held-out images are too few for a score; at least {MIN_IMAGES} are needed")
@@ -174,7 +174,7 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
 
 def _decode(autoencoder, heldout):
     """ImageFolder of the held-out images, encoded and decoded."""
-    steps = autoencoder.diffusion.num_steps
+    steps = autoencoder.steps
     folder = ImageFolder(config.run_dir(autoencoder.cfg) / "decoded", len(heldout), {
         "size": list(heldout.size), "sampler": autoencoder.sampler, "steps": steps, "decoder": autoencoder.identity})
     for indices, progress in folder.missing_batches(EVALUATION_BATCH, steps):

@@ -9,9 +9,7 @@ from data.loader import all_batches
 from experiments.lib.image_folders import ImageFolder, folder_images, heldout_images
 from experiments.lib.image_grid import save_grid
 from experiments.lib.sampling import latent_source
-from models.load import latent_path
 from utils import config
-from utils.checkpoint import identity
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -56,7 +54,8 @@ def latent_sampler(flag, autoencoder):
         return None, None
     cfg = config.read_trained_latent_config(flag)
     config.check_same_latent(cfg, autoencoder.cfg)
-    return latent_source(cfg, autoencoder), identity(latent_path(cfg))
+    draw, settings = latent_source(cfg, autoencoder)
+    return draw, settings["latent_model"]
 
 
 def open_folders(output, counts, settings):

@@ -168,7 +168,7 @@ def sampling(cfg, device, repeats, against, steps):
     def run(network, sampler, dtype):
         generators = rng.sample_generators(device, range(batch), "benchmark")
         with autocast(device, dtype):
-            decode(network, diffusions[sampler], z, size, sampler, generators, cfg.data.channels)
+            decode(network, diffusions[sampler], z, size, generators, cfg.data.channels)
 
     arms = {("fast", sampler): functools.partial(run, decoder, sampler, dtype) for sampler in diffusions}
     if against:

@@ -4,8 +4,9 @@ import math
 
 from absl import flags
 
+from diffusion.gaussian_diffusion import EVALUATIONS, resolve_sampler
 from diffusion.mollifier import WIENER_EPS
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import NAMES, SAMPLERS
 from utils.errors import UserError
 
 MAX_POINTS = 2**20  # 3 GB with 64 features in float32
@@ -26,12 +27,14 @@ def size_flag(what):
 
 def sampler_flag():
     """--sampler"""
-    return flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "sampler of images")
+    return flags.DEFINE_enum("sampler", None, NAMES, "sampler of images; default: " + _by_objective(
+        {objective: names[0] for objective, names in SAMPLERS.items()}))
 
 
-def steps_flag():
-    """--sampling_steps"""
-    return flags.DEFINE_integer("sampling_steps", 100, "network evaluations per image", lower_bound=1)
+def steps_flag(default=None):
+    """--sampling_steps; the default is a number, or None for one that depends on diffusion.objective."""
+    text = "" if default else "; default: " + _by_objective(EVALUATIONS)
+    return flags.DEFINE_integer("sampling_steps", default, "network evaluations per image" + text, lower_bound=1)
 
 
 def eta_flag():
@@ -56,7 +59,12 @@ def input_flag():
     return flags.DEFINE_string("input", None, "folder of images of one size, instead of held-out images")
 
 
-def check_eta(eta, sampler):
-    """UserError if the flag --eta is set for a sampler other than ddim."""
-    if eta.value and sampler.value != "ddim":
-        raise UserError(f"--eta={eta.value} applies to --sampler=ddim only; leave it out with {sampler.value}")
+def check_eta(eta, sampler, cfg):
+    """UserError if the flag --eta is set for a sampler other than ddim; sampler: the flag --sampler."""
+    name = resolve_sampler(cfg, sampler.value)
+    if eta.value and name != "ddim":
+        raise UserError(f"--eta={eta.value} applies to --sampler=ddim only; leave it out with {name}")
+
+
+def _by_objective(defaults):
+    return ", ".join(f"{value} for diffusion.objective={objective}" for objective, value in defaults.items())

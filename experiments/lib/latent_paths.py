@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from data.images import read_image
-from diffusion.samplers import ddim
+from diffusion.samplers import sample
 from experiments.lib.image_grid import save_gif, save_grid
 from utils.images import save_png, tile
 
@@ -72,15 +72,15 @@ def along(z, direction, reach, count):
 
 
 def render(folder, paths, autoencoder):
-    """Fill an ImageFolder with the images of all paths, one after another, by a TrainedAutoencoder and DDIM.
+    """Fill an ImageFolder with the images of all paths, one after another, by a TrainedAutoencoder.
 
     paths    list of (z [F, Z], x [F, C, H, W]): latents, and first states of the chain
     """
-    diffusion, points = autoencoder.diffusion, [point for path in paths for point in zip(*path, strict=True)]
-    for indices, progress in folder.missing_batches(autoencoder.cfg.train.sample_size, diffusion.num_steps):
+    points = [point for path in paths for point in zip(*path, strict=True)]
+    for indices, progress in folder.missing_batches(autoencoder.cfg.train.sample_size, autoencoder.steps):
         z, x = (torch.stack(parts) for parts in zip(*(points[i] for i in indices), strict=True))
-        folder.save(indices, autoencoder.decode(z, x.shape[-2:], progress=progress, path=lambda denoise, _, x=x: ddim(
-            denoise, x, diffusion.schedule)))
+        folder.save(indices, autoencoder.decode(z, x.shape[-2:], progress=progress, path=lambda denoise, _, x=x: sample(
+            denoise, x, autoencoder.diffusion)))
 
 
 def show(folder, labels, columns, before=None, after=None):

@@ -7,9 +7,9 @@ import torch
 from absl import flags
 
 from diffusion import sampling
-from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.gaussian_diffusion import sampling_diffusion
 from diffusion.mollifier import WIENER_EPS
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import NAMES
 from diffusion.window import check_window, decode_window
 from experiments.lib.common_flags import (
     MAX_POINTS,
@@ -34,18 +34,20 @@ class TrainedAutoencoder:
     """A trained autoencoder in eval mode, on its device, and the diffusion process that images are sampled by.
 
     cfg         checked stage-1 config of the run
-    steps       network evaluations per image
-    sampler     one of diffusion.samplers.SAMPLERS
+    steps       network evaluations per image; None: as many as suit the objective
+    sampler     one of diffusion.samplers.SAMPLERS; None: the objective's first
     max_points  pixels of all images together that the network takes at a time
     run         section of a config with the device and the seed; by default that of cfg
     inv_snr     epsilon of the Wiener filter
     UserError if the run has no checkpoint, or one that does not fit cfg.
     """
 
-    def __init__(self, cfg, steps, sampler="ddim", max_points=MAX_POINTS, run=None, inv_snr=WIENER_EPS):
+    def __init__(self, cfg, steps=None, sampler=None, max_points=MAX_POINTS, run=None,
+                 inv_snr=WIENER_EPS):
         run = run or cfg.run
-        self.cfg, self.seed, self.sampler, self.max_points = cfg, run.seed, sampler, max_points
-        self.diffusion = build_diffusion(cfg, steps, sampler, inv_snr)
+        self.cfg, self.seed, self.max_points = cfg, run.seed, max_points
+        self.diffusion = sampling_diffusion(cfg, steps, sampler, inv_snr)
+        self.sampler, self.steps = self.diffusion.sampler, self.diffusion.evaluations
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(cfg.train, self.device)
         modules = load_autoencoder(cfg, self.device)
@@ -69,30 +71,32 @@ class TrainedAutoencoder:
         """Images [B, C, H, W] for latents z [B, Z] by diffusion.sampling.decode, which takes the options, or by `draw`
         with the same signature."""
         with autocast(self.device, self.dtype):
-            return draw(self.decoder, self.diffusion, z, size, sampler=self.sampler,
-                        channels=self.cfg.data.channels, max_points=self.max_points, **options)
+            return draw(self.decoder, self.diffusion, z, size, channels=self.cfg.data.channels,
+                        max_points=self.max_points, **options)
 
     def invert(self, images, z):
-        """States [B, C, H, W] that DDIM leads back to the images, as diffusion.sampling.invert."""
+        """States [B, C, H, W] that the sampler leads back to the images, as diffusion.sampling.invert."""
         with autocast(self.device, self.dtype):
             return sampling.invert(self.decoder, self.diffusion, images, z, max_points=self.max_points)
 
 
-def latent_source(cfg, autoencoder, sampler="ddpm", steps=None):
-    """indices -> latents [B, Z] from the trained model of a latent config, on the device of a TrainedAutoencoder.
+def latent_source(cfg, autoencoder, sampler=None, steps=None):
+    """(indices -> latents [B, Z], their settings as plain data) from the trained model of a latent config.
 
-    Latent i is a function of run.seed and i. steps: network evaluations; None: all of the chain.
+    Latents are on the device of the TrainedAutoencoder. Latent i is a function of run.seed and i.
+    steps, sampler   network evaluations and sampler; None: as diffusion.gaussian_diffusion.sampling_diffusion says
     """
-    diffusion = build_diffusion(cfg, steps, sampler)
+    diffusion = sampling_diffusion(cfg, steps, sampler)
     dtype = resolve_dtype(cfg.train, autoencoder.device)
     model, mean, std = load_latent_model(cfg, autoencoder.device, autoencoder.encoder)
 
     def draw(indices):
         generators = rng.sample_generators(autoencoder.device, indices, cfg.run.seed, "latent")
         with autocast(autoencoder.device, dtype):
-            return sampling.sample_latents(model, diffusion, mean, std, generators, sampler)
+            return sampling.sample_latents(model, diffusion, mean, std, generators)
 
-    return draw
+    return draw, {"latent_sampler": diffusion.sampler, "latent_steps": diffusion.evaluations,
+                  "latent_model": identity(latent_path(cfg))}
 
 
 class SamplingFlags(NamedTuple):
@@ -116,9 +120,10 @@ def define_sampling_flags():
     """Define the flags of SamplingFlags; call it once in a script."""
     return SamplingFlags(
         size_flag("the samples"), sampler_flag(), steps_flag(), eta_flag(), inv_snr_flag(),
-        flags.DEFINE_enum("latent_sampler", "ddpm", SAMPLERS, "sampler of latents"),
-        flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all steps",
-                             lower_bound=1),
+        flags.DEFINE_enum("latent_sampler", None, NAMES, "sampler of latents; default: ddpm, or that of images if the "
+                          "objective is another"),
+        flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all steps, or as "
+                             "many as for images if the objective is not ddpm", lower_bound=1),
         max_points_flag())
 
 
@@ -140,7 +145,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     own = cfg or decoder_cfg
     size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
     window = config.parse_window(window, size)
-    check_eta(options.eta, options.sampler)
+    check_eta(options.eta, options.sampler, decoder_cfg)
     autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
                                      own.run, options.inv_snr.value)
     name = "{}_{}x{}".format(own.run.experiment, *size)
@@ -151,7 +156,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
         name += "_rows_{}_{}_columns_{}_{}".format(*window[0], *window[1])
     autoencoder.check_size(size)
     settings = {"size": list(size), "window": window and [list(span) for span in window], "seed": own.run.seed,
-                "sampler": options.sampler.value, "steps": options.steps.value, "eta": options.eta.value,
+                "sampler": autoencoder.sampler, "steps": autoencoder.steps, "eta": options.eta.value,
                 "inv_snr": options.inv_snr.value, "decoder": autoencoder.identity}
     if cfg is None:
         settings["latent_model"] = "none"
@@ -159,12 +164,11 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
         def draw_latents(indices):
             return torch.zeros(len(indices), 0, device=autoencoder.device)
     else:
-        draw_latents = latent_source(cfg, autoencoder, options.latent_sampler.value, options.latent_steps.value)
-        settings |= {"latent_sampler": options.latent_sampler.value, "latent_model": identity(latent_path(cfg)),
-                     "latent_steps": options.latent_steps.value or cfg.diffusion.steps}
+        draw_latents, made = latent_source(cfg, autoencoder, options.latent_sampler.value, options.latent_steps.value)
+        settings |= made
 
     folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings)
-    for indices, progress in folder.missing_batches(own.train.sample_size, options.steps.value):
+    for indices, progress in folder.missing_batches(own.train.sample_size, autoencoder.steps):
         generators = autoencoder.generators(indices, "image")
         folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,
                                                 generators=generators, **draw))

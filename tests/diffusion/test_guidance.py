@@ -155,10 +155,11 @@ def test_jumps_repeat_every_step_but_the_last_with_fresh_noise():
     assert [t for t, _ in path] == [3, 2, 1, 0] and seen == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0]
     # the last step before the first yield, from the forward process: q(x_t | x_{t-1}) = N(sqrt(a / a_prev) x, ...)
     source, (a, a_prev), state = generator("cpu", 3), schedule.alpha_bar[[-1, -2]], x
+    now, after = ((value.sqrt().item(), (1 - value).sqrt().item()) for value in (a, a_prev))
     for repeat in range(3):
         if repeat:
             state = (a / a_prev).sqrt() * state + (1 - a / a_prev).sqrt() * noise_like(state, source)
-        state = ddim_step(state, 0.5 * state, a, a_prev)
+        state = ddim_step(state, 0.5 * state, now, after)
     torch.testing.assert_close(path[0][1], state)
 
 

@@ -37,7 +37,7 @@ def test_every_resolution_shows_the_same_image():
     images = {}
     for size in ((16, 16), (32, 32), (64, 64), (48, 32)):
         generators = sample_generators("cpu", range(3), "image")
-        image = decode(decoder, diffusion, z, size, "ddim", generators, eta=0.5)
+        image = decode(decoder, diffusion, z, size, generators, eta=0.5)
         images[size] = F.interpolate(image, (16, 16), mode="area")
     expected = images.pop((16, 16))
     for size, image in images.items():
@@ -48,13 +48,13 @@ def test_every_resolution_shows_the_same_image():
 def test_a_path_takes_the_place_of_the_sampler():
     diffusion, decoder, z = build_diffusion(tiny_config(), steps=4), tiny_decoder(), draw(2, 6)
     generators, steps = sample_generators("cpu", range(2), "image"), []
-    expected = decode(decoder, diffusion, z, (9, 12), "ddim", sample_generators("cpu", range(2), "image"))
+    expected = decode(decoder, diffusion, z, (9, 12), sample_generators("cpu", range(2), "image"))
 
     def path(denoise, x):
         assert x.shape == (2, 3, 9, 12) and not torch.is_grad_enabled()
-        return sample("ddim", denoise, x, diffusion)
+        return sample(denoise, x, diffusion)
 
-    assert torch.equal(decode(decoder, diffusion, z, (9, 12), None, generators, progress=steps.append, path=path),
+    assert torch.equal(decode(decoder, diffusion, z, (9, 12), generators, progress=steps.append, path=path),
                        expected)
     assert steps == [1] * 4
 

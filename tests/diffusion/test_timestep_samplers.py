@@ -13,7 +13,7 @@ STEPS = 20
 
 def draws(indices):
     """Uniform draws, a function of each index."""
-    return rand((len(indices),), sample_generators("cpu", indices, "t"))
+    return rand((len(indices), 2), sample_generators("cpu", indices, "t"))
 
 
 def loss_of(t):
@@ -30,7 +30,7 @@ def informed(seed=0):
 
 
 def test_uniform_draws_every_step_equally_often_with_weight_1():
-    t, weights = UniformSampler(STEPS).sample(draws(range(8000)))
+    t, weights = UniformSampler(STEPS).sample(draws(range(8000)), 0)
     counts = torch.bincount(t, minlength=STEPS)
     assert t.dtype == torch.int64 and weights.dtype == torch.float32 and (weights == 1).all()
     assert counts.shape == (STEPS,) and (counts - 400).abs().max() < 100
@@ -42,7 +42,7 @@ def test_loss_second_moment_is_uniform_until_every_step_has_ten_losses():
         torch.testing.assert_close(sampler.probabilities(), torch.full((STEPS,), 1 / STEPS, dtype=torch.float64))
         t = torch.arange(STEPS - 1) if round_ == 9 else torch.arange(STEPS)
         sampler.update(t, loss_of(t))
-    assert (sampler.sample(draws(range(9)))[1] == 1).all()
+    assert (sampler.sample(draws(range(9)), 0)[1] == 1).all()
     sampler.update(torch.tensor([STEPS - 1]), torch.tensor([1.0]))
     assert sampler.probabilities().std() > 0
 
@@ -55,7 +55,7 @@ def test_probabilities_follow_the_root_mean_square_of_the_losses():
 
 def test_draws_follow_the_probabilities():
     sampler = informed()
-    counts = torch.bincount(sampler.sample(draws(range(8000)))[0], minlength=STEPS)
+    counts = torch.bincount(sampler.sample(draws(range(8000)), 0)[0], minlength=STEPS)
     expected = 8000 * sampler.probabilities()
     assert ((counts - expected).abs() < 5 * expected.sqrt() + 5).all()
 
@@ -64,7 +64,7 @@ def test_weighted_loss_is_unbiased():
     """Exactly, as a sum over the probabilities, and by draws."""
     sampler, steps = informed(), torch.arange(STEPS).double()
     other = torch.sin(steps) + 2  # any function of the step, not just the loss it was told
-    t, weights = sampler.sample(draws(range(8000)))
+    t, weights = sampler.sample(draws(range(8000)), 0)
     exact_weights = torch.zeros(STEPS).double()
     exact_weights[t] = weights.double()
     probabilities = sampler.probabilities()
@@ -75,8 +75,8 @@ def test_weighted_loss_is_unbiased():
 
 def test_a_step_depends_on_its_own_draw_alone():
     for sampler in (UniformSampler(1000), informed()):
-        together, weights = sampler.sample(draws([3, 8, 5]))
-        alone = [sampler.sample(draws([i])) for i in (3, 8, 5)]
+        together, weights = sampler.sample(draws([3, 8, 5]), 0)
+        alone = [sampler.sample(draws([i]), 0) for i in (3, 8, 5)]
         assert together.tolist() == [t.item() for t, _ in alone]
         assert weights.tolist() == [w.item() for _, w in alone]
 

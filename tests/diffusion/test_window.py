@@ -15,14 +15,15 @@ from utils.rng import sample_generators
 STEPS = 6
 
 
-def model(img_size=32, **fields):
+def model(img_size=32, sampler=None, **fields):
     """(decoder, diffusion, z) with kernels of 3 pixels at the training resolution; keywords are fields of diffusion."""
     config = tiny_config()
     config.data.img_size = img_size
     config.diffusion.update(fields)
     torch.manual_seed(0)
     decoder = awake(build_decoder(config))
-    return decoder, build_diffusion(config, STEPS), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    return decoder, build_diffusion(config, STEPS, sampler), z
 
 
 def generators():
@@ -33,19 +34,20 @@ def error(actual, expected):
     return ((actual - expected).square().mean().sqrt() / expected.std()).item()
 
 
-@pytest.mark.parametrize("sampling", [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "ddpm"},
-                                      {"sampler": "dpm_solver"}])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm_solver", 0.0)])
 @pytest.mark.parametrize("rows, columns", [((8, 24), (10, 20)), ((0, 12), (25, 32)), ((0, 32), (0, 32))])
-def test_at_the_training_resolution_it_is_exact(sampling, rows, columns):
-    decoder, diffusion, z = model()
-    whole = decode(decoder, diffusion, z, (32, 32), generators=generators(), **sampling)
-    window = decode_window(decoder, diffusion, z, (32, 32), (rows, columns), generators=generators(), **sampling)
+def test_at_the_training_resolution_it_is_exact(sampler, eta, rows, columns):
+    decoder, diffusion, z = model(sampler=sampler)
+    whole = decode(decoder, diffusion, z, (32, 32), generators=generators(), eta=eta)
+    window = decode_window(decoder, diffusion, z, (32, 32), (rows, columns), generators=generators(), eta=eta)
     torch.testing.assert_close(window, whole[..., slice(*rows), slice(*columns)], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("mean_type", ["mollified_epsilon", "v", "xstart"])
-def test_margins_suffice_where_the_image_goes_on_beyond_them(mean_type):
-    decoder, diffusion, z = model(img_size=64, model_mean_type=mean_type)
+@pytest.mark.parametrize("fields", [
+    {"model_mean_type": "mollified_epsilon"}, {"model_mean_type": "v"}, {"model_mean_type": "xstart"},
+    {"objective": "flow", "sampler": "heun"}, {"objective": "few_step", "sampler": "jump"}])
+def test_margins_suffice_where_the_image_goes_on_beyond_them(fields):
+    decoder, diffusion, z = model(img_size=64, **fields)
     whole = decode(decoder, diffusion, z, (64, 64), generators=generators())[..., 28:36, 30:33]
     window = decode_window(decoder, diffusion, z, (64, 64), ((28, 36), (30, 33)), generators=generators())
     assert error(window, whole) < 0.015
