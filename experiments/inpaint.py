@@ -66,8 +66,9 @@ def main():
 
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
     settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
-                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": autoencoder.steps, "seed": cfg.run.seed,
-                "inv_snr": INV_SNR.value, "decoder": autoencoder.identity, "latent_model": latent_model}
+                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": autoencoder.steps,
+                "seed": cfg.run.seed, "inv_snr": INV_SNR.value, "decoder": autoencoder.identity,
+                "latent_model": latent_model}
     folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
