@@ -108,7 +108,7 @@ def main():
     trainer = Trainer(cfg, "autoencoder", modules,
                       functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg), device,
                       state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
-                      source=f"{train_set.fingerprint()} {heldout.fingerprint()}")
+                      best_from=timesteps.settled, source=f"{train_set.fingerprint()} {heldout.fingerprint()}")
     trainer.train(
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
                                               num_workers=cfg.data.num_workers, device=device,

@@ -106,7 +106,7 @@ def main():
     trainer = Trainer(
         cfg, "latent", modules, functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg),
         device, state={"timesteps": timesteps}, after_step=timesteps.end_step, source=key,
-        filename="latent_checkpoint.pt", best="validation_loss")
+        filename="latent_checkpoint.pt", best="validation_loss", best_from=timesteps.settled)
     trainer.resume()  # before encoding, which can take an hour
 
     def encode_images(images):

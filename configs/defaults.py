@@ -90,6 +90,7 @@ def autoencoder_config(img_size):
     diffusion.gaussian_filter_std = 1.0  # sigma of the mollifier, in pixels at img_size
     diffusion.mollifier_type = "dct"  # dct, none
     diffusion.model_mean_type = "mollified_epsilon"  # mollified_epsilon, epsilon, v, xstart
+    diffusion.data_std = 0.5  # of a mollified image at a point, for preconditioning; photographs have 0.45 to 0.55
     diffusion.precondition = False
     diffusion.balance_loss = False  # equal weight for the preconditioned network's error at every step
     diffusion.multiscale_loss = False

@@ -15,8 +15,6 @@ from diffusion.schedules import Schedule, check_count, log_snr_timesteps, make_b
 from utils.errors import UserError
 from utils.rng import randn
 
-IMAGE_VARIANCE = 0.25  # pointwise, of a mollified image in [-1, 1], for preconditioning; photographs have 0.2 to 0.3
-LATENT_VARIANCE = 1.0  # latents are standardised
 EVALUATIONS = {"ddpm": 100, "flow": 50, "few_step": 4}  # of the network for an image, by default
 QUICK_EVALUATIONS = 50  # at most, for the pictures of a training run
 
@@ -201,7 +199,7 @@ def build_diffusion(config, steps=None, sampler=None, wiener_eps=WIENER_EPS):
         return Flow(
             FlowSchedule(evaluations // 2 + 1 if sampler == "heun" and steps else evaluations),
             mollifier,
-            IMAGE_VARIANCE if images else LATENT_VARIANCE,
+            options.get("data_std", 1.0) ** 2,  # latents are standardised
             jumps=options.objective == "few_step",
             sampler=sampler,
             evaluations=evaluations,
@@ -220,7 +218,7 @@ def build_diffusion(config, steps=None, sampler=None, wiener_eps=WIENER_EPS):
         if options.model_mean_type != "mollified_epsilon":
             raise UserError("diffusion.precondition=True needs diffusion.model_mean_type='mollified_epsilon', not "
                             f"{options.model_mean_type!r}; change one of them")
-        data_variance = IMAGE_VARIANCE
+        data_variance = options.data_std**2
     elif options.get("balance_loss", False):
         raise UserError("diffusion.balance_loss=True needs diffusion.precondition=True; change one of them")
     variance = "small" if config.model.get("sigma_small", False) else "large"

@@ -12,6 +12,8 @@ LAST_ALPHA = 0.1
 class UniformSampler:
     """Draws all steps with equal probability and weight 1; has no state."""
 
+    settled = 0  # training step from which on the distribution is a fixed one
+
     def __init__(self, steps):
         self.steps = steps
 
@@ -118,6 +120,7 @@ class JumpTimes(UniformSampler):
 
     def __init__(self, max_steps):
         self.max_steps = max_steps
+        self.settled = round(ALPHA_FALLS[1] * max_steps)
 
     def alpha(self, step):
         """alpha in training step `step`, a float."""

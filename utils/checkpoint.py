@@ -25,7 +25,7 @@ from utils.files import replacing, sync_folder
 FORMAT = 2
 MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits at the end of the file
 CHUNK = 1 << 24
-LATER_FIELDS = {"objective": "ddpm"}  # fields that older checkpoints lack, with the value they were trained with
+LATER_FIELDS = {"objective": "ddpm", "data_std": 0.5}  # fields that older checkpoints lack, as they were trained
 TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by kind
 
 

@@ -40,9 +40,10 @@ class RunLog:
         if self.wandb:
             self.wandb.log(values, step=step)
 
-    def smallest(self, name):
-        """The smallest value of a metric so far, NaN ignored; infinity if there is none."""
-        return min((line[name] for line in self.lines if not math.isnan(line.get(name, math.nan))), default=math.inf)
+    def smallest(self, name, first=0):
+        """The smallest value of a metric from step `first` until now, NaN ignored; infinity if there is none."""
+        return min((line[name] for line in self.lines if line["step"] >= first and not math.isnan(
+            line.get(name, math.nan))), default=math.inf)
 
     def picture(self, step, name, image):
         """Write one uint8 image [C, H, W] to images/<name>_<step>.png."""

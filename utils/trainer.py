@@ -31,6 +31,7 @@ class Trainer:
     source      identifies the training data; a checkpoint with another source is refused
     filename    name of the checkpoint in the run folder
     best        name of a validation figure; the EMA weights with its smallest value go to best_<filename>
+    best_from   first step whose figures are compared; before it, while the loss still changes, the newest are the best
 
     A script calls train(). A benchmark needs only the constructor and training_step(): neither reads nor writes a file.
 
@@ -39,13 +40,13 @@ class Trainer:
     """
 
     def __init__(self, config, kind, modules, loss, device, state=None, after_step=lambda: None, facts=None, source="",
-                 filename="checkpoint.pt", best=None):
+                 filename="checkpoint.pt", best=None, best_from=0):
         train = config.train
         self.config, self.kind, self.device = config, kind, device
         self.modules = modules.to(device).train()
         self.loss = distributed.data_parallel(loss, self.modules)
         self.state, self.after_step = state or {}, after_step
-        self.facts, self.source, self.best = facts or {}, source, best
+        self.facts, self.source, self.best, self.best_from = facts or {}, source, best, best_from
         self.folder = run_dir(config)
         self.checkpoints = CheckpointFolder(self.folder, filename, train.keep_checkpoints)
         self.dtype = resolve_dtype(train, device)
@@ -260,7 +261,8 @@ class Trainer:
     def _validate(self):
         """Figures of the EMA weights and, as raw_<name>, of the raw weights. Keeps the best EMA weights."""
         figures = self._call(self.validate, self.ema.modules)
-        if self.best and (figures[self.best] < self.log.smallest(self.best) or not self.checkpoints.best.exists()):
+        if self.best and (figures[self.best] < self.log.smallest(self.best, self.best_from)
+                          or self.step < self.best_from or not self.checkpoints.best.exists()):
             self.checkpoints.save_best({**self._header(), "ema": self.ema.modules.state_dict(),
                                         "value": figures[self.best]})
         raw = self._call(self.validate, self.modules.eval())

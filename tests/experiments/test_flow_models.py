@@ -49,8 +49,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(trained, tmp_path
     """alpha and the times of the jumps are functions of the step."""
     _, folder, single, both = trained
     output = [f"--config.run.output_dir={tmp_path}", f"--decoder_config.run.output_dir={folder / 'checkpoints'}"]
-    for script, arguments, experiment, filename in ((STAGE_1, [*single, output[0]], "tiny", "checkpoint.pt"),
-                                                    (STAGE_2, [*both, *output], "tiny_sampler", "latent_checkpoint.pt")):
+    for script, arguments, experiment, filename in (
+            (STAGE_1, [*single, output[0]], "tiny", "checkpoint.pt"),
+            (STAGE_2, [*both, *output], "tiny_sampler", "latent_checkpoint.pt")):
         for stop in ("--config.train.checkpoint_steps=3", ""):
             assert run_script(script, *arguments, *filter(None, [stop])).code == 0
             if stop:
@@ -84,7 +85,8 @@ def test_samplers_of_other_objectives_are_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("script, flags", [
     (RECONS, []), (SAMPLES, ["--window", "0.1 0.2 0.6 0.9"]), (SAMPLES, ["--max_points=500"]),
-    ("experiments/super_resolution.py", ["--input_img_size=16", "--sample_img_size=20"]), ("experiments/inpaint.py", ["--mask=centre", "--sampling_steps=5"]),
+    ("experiments/super_resolution.py", ["--input_img_size=16", "--sample_img_size=20"]),
+    ("experiments/inpaint.py", ["--mask=centre", "--sampling_steps=5"]),
     ("experiments/interpolate.py", ["--sampling_steps=5", "--frames=3", "--directions=1", "--num_pairs=1"]),
     ("experiments/export_weights.py", [])])
 def test_every_application_takes_the_model(trained, tmp_path, script, flags):

@@ -39,7 +39,7 @@ def batches_from(start):
 
 
 def make_trainer(tmp_path, max_steps, loss=None, best=None, batches=batches_from, validate=lambda modules: {"v": 1.0},
-                 plot=lambda modules, tick: {}, source="", **overrides):
+                 plot=lambda modules, tick: {}, source="", best_from=0, **overrides):
     """A Trainer whose train() needs no arguments. Overrides are <section>__<field>=value."""
     config = tiny_config(tmp_path)
     config.run.experiment = "run"
@@ -58,7 +58,7 @@ def make_trainer(tmp_path, max_steps, loss=None, best=None, batches=batches_from
         return {"loss": error * (1 + 0.1 * counter.count)}
 
     trainer = Trainer(config, "autoencoder", modules, loss or regression, torch.device("cpu"),
-                      state={"counter": counter}, source=source, best=best)
+                      state={"counter": counter}, source=source, best=best, best_from=best_from)
     trainer.train = functools.partial(trainer.train, batches, validate, plot, plot_steps=0)
     return trainer
 
@@ -174,6 +174,14 @@ def test_validation_sees_the_average_and_the_weights_in_eval_mode_without_gradie
     assert lines_of(tmp_path)[-1] == {"step": 2, "v": 1.0, "raw_v": 2.0, "pictures": 0}
     trainer.training_step(batches_from(2))
     assert trainer.modules.training
+
+
+def test_the_best_average_is_chosen_where_the_loss_has_settled(tmp_path):
+    """Until then the newest is taken, and a smaller figure from before does not count."""
+    figures = iter([0.1, 9.0, 0.2, 9.0, 0.5, 9.0, 0.6, 9.0])  # of the average and of the raw weights, in turn
+    for steps, kept in ((2, 2), (4, 4), (8, 6)):
+        make_trainer(tmp_path, steps, best="v", best_from=5, validate=lambda modules: {"v": next(figures)}).train()
+        assert load_checkpoint(tmp_path / "run" / "best_checkpoint.pt")["step"] == kept
 
 
 def test_the_line_about_a_best_checkpoint_comes_when_it_is_on_disk(tmp_path, monkeypatch):
