@@ -21,7 +21,6 @@ import torch
 from diffusion.losses import multiscale_loss, prediction_loss
 from utils.rng import randn
 
-FINE_SHARE = 0.1  # variance of x_1 − T x_1 as a share of that of T x_1, for preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +96,6 @@ class Flow:
     sampler               jump, euler or heun
     evaluations           of the network that a sample takes; None: one per step
     multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
-
-    The network predicts x_1, not T x_1: F = T f with the estimate f of x_1 at every point. T attenuates its errors as
-    it does the data, whereas errors in T x_1 would be amplified by the Wiener filter (docs/method.md, 8.2).
     """
 
     def __init__(self, schedule, mollifier, data_variance, jumps=False, sampler="heun", evaluations=None,
@@ -136,7 +132,7 @@ class Flow:
         t           int64 [B], steps for flow matching; or float32 [B, 3], times t ≤ s ≤ r for the jump objective, as
                     diffusion.timestep_samplers.JumpTimes draws them
         noise       standard normal draws like x0; drawn from `generator` (one, or a list of one per sample) where None
-        Returns "loss", to be minimised, and "mse" of the estimate of x_1.
+        Returns "loss", to be minimised, and "mse" of the estimate of T x_1.
         """
         if noise is None:
             noise = randn(x0.shape, generator, x0.device)
@@ -145,7 +141,7 @@ class Flow:
         else:
             start, between, end = t.unbind(1)
         ends = [gather(self.mollifier.blur(x), coords) for x in (x0, self.mollifier.scale_noise(noise))]
-        target = gather(x0, coords)
+        target = ends[0]
         if t.dim() == 2:
             with torch.no_grad():
                 later = self._estimate(model_fn, straight_path(*ends, between), between, end)
@@ -167,14 +163,10 @@ class Flow:
         return FlowDenoiser(self, model_fn, coords, clip)
 
     def _preconditioning(self, t):
-        """Of the estimate of x_1: its details, which T removes, cannot be estimated from x_t at the same point."""
-        c_skip, c_in, c_out = preconditioning(t, self.data_variance, self.mollifier.noise_variance)
-        if not self.mollifier.is_identity:
-            c_out = (c_out**2 + FINE_SHARE * self.data_variance).sqrt()
-        return c_skip, c_in, c_out
+        return preconditioning(t, self.data_variance, self.mollifier.noise_variance)
 
     def _estimate(self, model_fn, values, t, r):
-        """f(x, t, r) in float32, like values [B, L, C]; t and r [B]."""
+        """F(x, t, r) in float32, like values [B, L, C]; t and r [B]."""
         c_skip, c_in, c_out = (_expand(c, values) for c in self._preconditioning(t))
         time = 1000 * (1 - t)
         if self.jumps:
@@ -201,8 +193,7 @@ class FlowDenoiser:
     def _estimate(self, x, t, r):
         flow = self.flow
         t, r = (flow.schedule.time(step).to(x.dtype) for step in (t, r))
-        estimate = flow._estimate(self.model_fn, gather(x, self.coords), t, r)
-        estimate = flow.mollifier.blur(scatter(estimate, self.coords))
+        estimate = scatter(flow._estimate(self.model_fn, gather(x, self.coords), t, r), self.coords)
         return estimate.clamp(-1, 1) if self.clip else estimate
 
 

@@ -6,7 +6,7 @@ from utils import distributed
 from utils.errors import UserError
 
 ALPHA_FALLS = 0.15, 0.6  # fractions of the training between which alpha of JumpTimes falls from 1
-LAST_ALPHA = 0.1
+LAST_ALPHA, LAST_TIME = 0.1, 0.98
 
 
 class UniformSampler:
@@ -114,7 +114,8 @@ class JumpTimes(UniformSampler):
     """Times t <= s <= r of the jump objective, in [0, 1] (docs/method.md, 8.3).
 
     Half of the samples are flow matching, t = s = r with t uniform. For the others (t, r) are two uniforms in order, or
-    r = 1 for half of them, and s = alpha r + (1 - alpha) t. alpha is 1 at first, so that velocities are learnt before
+    r = 1 for half of them, and s = alpha r + (1 - alpha) t. t is at most LAST_TIME: the weight of the loss is infinite
+    at 1. alpha is 1 at first, so that velocities are learnt before
     what depends on them, and then falls linearly.
     """
 
@@ -132,6 +133,7 @@ class JumpTimes(UniformSampler):
         first, second = uniform.unbind(1)
         matching = second < 0.5
         t = torch.where(matching, first, 1 - (1 - first).sqrt())  # the smaller of two uniforms has this distribution
+        t = LAST_TIME * t
         r = torch.where(second < 0.75, 1, t + (1 - t) * (4 * second - 3))
         r = torch.where(matching, t, r)
         alpha = self.alpha(step)

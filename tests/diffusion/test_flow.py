@@ -140,7 +140,7 @@ def test_the_network_takes_and_gives_unit_variance():
         rest = end - c_skip * x
         assert (c_in * x).var().item() == pytest.approx(1, rel=0.02)
         assert (rest / c_out).var().item() == pytest.approx(1, rel=0.02)
-        assert torch.corrcoef(torch.stack([rest, x]))[0, 1].item() == pytest.approx(0, abs=0.02)
+        assert torch.corrcoef(torch.stack([rest, x]))[0, 1].item() == pytest.approx(0, abs=0.025)
 
 
 def test_advance_and_velocity_are_each_others_slope():
@@ -244,14 +244,14 @@ def test_only_the_present_estimate_has_a_gradient():
 
 
 def test_a_network_that_knows_the_data_has_no_loss_and_samples_them():
-    """f = x_1 whatever the state, through the preconditioning; one evaluation is enough, and T comes once."""
+    """F = T x_1 whatever the state, through the preconditioning; one evaluation is enough."""
     images, noise = (0.3 * randn((3, 2, *SIZE), generator("cpu", i)) for i in range(2))
     coords, one = Coordinates.full(3, SIZE), flow(jumps=True)
 
     def oracle(values, time):
         t = 1 - time[:, 0] / 1000
         c_skip, c_in, c_out = (c.view(-1, 1, 1) for c in one._preconditioning(t))
-        return (coords.gather(images) - c_skip * values / c_in) / c_out
+        return (coords.gather(MOLLIFIER.blur(images)) - c_skip * values / c_in) / c_out
 
     terms = one.training_losses(oracle, images, TIMES, coords, noise)
     assert max(value.abs().max().item() for value in terms.values()) < 1e-10
@@ -268,15 +268,15 @@ def test_jump_times_are_ordered_and_shared_out_as_they_should_be():
         assert times.alpha(step) == pytest.approx(alpha)
         drawn, weights = times.sample(uniform, step)
         t, s, r = drawn.double().unbind(1)
-        assert (weights == 1).all() and t.min() >= 0 and r.max() <= 1 and t.max() < 1
+        assert (weights == 1).all() and t.min() >= 0 and r.max() <= 1 and t.max() < 0.98
         torch.testing.assert_close(s, alpha * r + (1 - alpha) * t, rtol=0, atol=1e-6)
         matching, to_end = r == t, r == 1
-        assert matching.double().mean().item() == pytest.approx(0.5, abs=0.02)
-        assert to_end.double().mean().item() == pytest.approx(0.25, abs=0.02)
+        assert matching.double().mean().item() == pytest.approx(0.5, abs=0.025)
+        assert to_end.double().mean().item() == pytest.approx(0.25, abs=0.025)
         between = ~matching & ~to_end
         ordered = rand((20_000, 2), generator("cpu", 1)).double().sort(dim=1).values
         for share in (0.1, 0.5, 0.9):
             for ours, theirs in ((t[matching], rand((20_000,), generator("cpu", 2)).double()),
                                  (t[to_end], ordered[:, 0]), (t[between], ordered[:, 0]), (r[between], ordered[:, 1]),
                                  ((r - t)[between], ordered.diff(dim=1)[:, 0])):
-                assert ours.quantile(share).item() == pytest.approx(theirs.quantile(share).item(), abs=0.02)
+                assert ours.quantile(share).item() == pytest.approx(theirs.quantile(share).item(), abs=0.025)
