@@ -22,7 +22,6 @@ from diffusion.losses import multiscale_loss, prediction_loss
 from utils.rng import randn
 
 
-
 @dataclasses.dataclass(frozen=True)
 class FlowSchedule:
     """Times 1 − (t + 1) / S of the steps t = 0 ... S − 1; the state after step 0 has time 1."""
