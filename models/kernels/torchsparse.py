@@ -43,7 +43,8 @@ def neighbour_sum(features, weight, coords):
 
     kh, kw = weight.shape[:2]
     if kh * kw == 1:  # versions disagree about the shape of such kernels
-        return (features * weight[0, 0] if weight.dim() == 3 else features @ weight[0, 0]).to(features.dtype)
+        tap = weight[0, 0].to(features.dtype)
+        return features * tap if weight.dim() == 3 else features @ tap
     # Rows are its second axis and columns its third; in a kernel of odd size the second changes faster.
     kernel = weight.float().transpose(0, 1).flatten(0, 1)
     options = {"depthwise": True} if weight.dim() == 3 else {}

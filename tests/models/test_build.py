@@ -1,33 +1,38 @@
+"""Networks from configs: their parameters, the fields that shape them, and that their layers are what runs."""
+
+import importlib
+
 import pytest
 import torch
 import torch._functorch.config as functorch
+from torch import nn
 
+import models.blocks
+import models.build
+import models.grid_unet
 from data.coordinates import Coordinates
+from diffusion.gaussian_diffusion import build_diffusion
+from diffusion.sampling import decode
 from models.build import build_decoder, build_encoder, build_latent_model
-from models.sparse_conv import BACKENDS, available_backends
-from tests.models.tiny import draw, tiny_config, tiny_decoder, tiny_encoder, tiny_latent_config
+from models.kernels import BACKENDS, Backend
+from models.sparse_conv import available_backends
+from tests.models.tiny import SIZE, awake, draw, tiny_config, tiny_decoder, tiny_encoder, tiny_latent_config
 from utils.errors import UserError
+from utils.rng import sample_generators
 
 
-def parameters(build, config):
+@pytest.mark.parametrize(("config", "build", "count"), [
+    ("ffhq_256", build_decoder, 321_513_283), ("ffhq_128", build_decoder, 43_591_747),
+    ("ffhq_256", build_encoder, 121_180_032), ("ffhq_128", build_encoder, 16_256_832),
+    ("ffhq_latent", build_latent_model, 75_705_344), ("churches_latent", build_latent_model, 159_673_344),
+])
+def test_published_configs_have_the_published_number_of_parameters(config, build, count):
+    config = importlib.import_module(f"configs.{config}_config").get_config()
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(config).parameters())
-
-
-def test_published_models_have_the_published_number_of_parameters():
-    config = tiny_config(
-        nf=64, time_emb_dim=256, num_conv_blocks=3, kernel_size=7, uno_res=128, uno_base_channels=128,
-        uno_mults=(1, 2, 4, 8, 8), uno_blocks_per_level=(2, 2, 2, 2, 2), uno_attn_resolutions=(16, 8), z_dim=1024,
-    )
-    assert parameters(build_decoder, config) == pytest.approx(321.5e6, rel=1e-3)
-    assert parameters(build_encoder, config) == pytest.approx(122.0e6, rel=1e-2)
-    for num_layers, published in [(10, 75.7e6), (20, 159.7e6)]:
-        latent = tiny_latent_config(z_dim=1024, num_layers=num_layers, hid_channels=2048, time_embed_dim=128)
-        assert parameters(build_latent_model, latent) == pytest.approx(published, rel=1e-3)
+        assert sum(parameter.numel() for parameter in build(config).parameters()) == count
 
 
 @pytest.mark.parametrize(("field", "value", "hint"), [
-    ("kernel_size", 4, "odd"),
     ("uno_res", 9, "multiple of 2"),
     ("uno_blocks_per_level", (1,), "2 levels"),
     ("uno_blocks_per_level", (1, 0), "positive"),
@@ -44,35 +49,20 @@ def test_impossible_architectures_are_named(field, value, hint):
         assert str(value) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_odd_embeddings_and_too_few_layers_are_named():
-    with pytest.raises(UserError, match="model.time_emb_dim=7 must be even"):
-        build_decoder(tiny_config(time_emb_dim=7))
-    with pytest.raises(UserError, match="model.time_embed_dim=7 must be even"):
-        build_latent_model(tiny_latent_config(time_embed_dim=7))
-    with pytest.raises(UserError, match="model.num_layers=1 must be at least 2"):
-        build_latent_model(tiny_latent_config(num_layers=1))
+@pytest.mark.parametrize(("build", "config", "message"), [
+    (build_decoder, tiny_config(time_emb_dim=7), "model.time_emb_dim=7 must be even"),
+    (build_latent_model, tiny_latent_config(time_embed_dim=7), "model.time_embed_dim=7 must be even"),
+    (build_latent_model, tiny_latent_config(z_dim=0), "model.z_dim=0 must be at least 1"),
+])
+def test_odd_embeddings_and_latents_without_an_encoder_are_named(build, config, message):
+    with pytest.raises(UserError, match=message):
+        build(config)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in available_backends()])
 def test_missing_backends_are_named(backend):
     with pytest.raises(UserError, match=f"model.backend='{backend}'.*torch_dense"):
         build_decoder(tiny_config(backend=backend, depthwise_sparse=BACKENDS[backend].depthwise))
-
-
-@pytest.mark.parametrize(("backend", "kind"), [
-    (name, kind) for name in available_backends() for kind in ("depthwise", "full") if getattr(BACKENDS[name], kind)
-])
-def test_a_checkpoint_gives_the_same_on_every_backend(backend, kind):
-    device = next(device for device in ("cpu", "cuda") if device in BACKENDS[backend].devices)
-    dense = tiny_decoder(backend="torch_dense", depthwise_sparse=kind == "depthwise").to(device)
-    other = build_decoder(tiny_config(backend=backend, depthwise_sparse=kind == "depthwise")).eval().to(device)
-    other.load_state_dict(dense.state_dict())
-    values, t, z, coords = draw(size=(8, 12))
-    coords = Coordinates(coords.index.to(device), coords.size)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        out, expected = (model(values.to(device), t.to(device), z.to(device), coords) for model in (other, dense))
-    assert expected.std() > 0.01
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -104,33 +94,132 @@ def test_dropout_and_its_resolution_act():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channels_and_length_of_z_follow_the_config(channels):
+def test_channels_and_length_of_z_follow_the_config_and_the_decoder_starts_at_zero(channels):
     config = tiny_config(z_dim=10)
     config.data.channels = channels
     values, t, z, coords = draw(channels=channels, z_dim=10)
-    assert build_decoder(config)(values, t, z, coords).shape == values.shape
+    out = build_decoder(config)(values, t, z, coords)
+    assert out.shape == values.shape and not out.any()
     assert build_encoder(config)(values, coords).shape == (2, 10)
 
 
-def test_the_decoder_starts_at_zero():
-    values, t, z, coords = draw()
-    assert not build_decoder(tiny_config())(values, t, z, coords).any()
+def test_without_an_encoder_latents_are_empty():
+    config = tiny_config(z_dim=0)
+    values, t, _, coords = draw()
+    z = build_encoder(config)(values, coords)
+    assert z.shape == (2, 0) and awake(build_decoder(config))(values, t, z, coords).any()
+
+
+def training_step(config, decoder, encoder):
+    """(loss, gradients) of one step of stage 1, with the parameters of both networks in order."""
+    diffusion, generators = build_diffusion(config), sample_generators("cpu", [0, 1], "coordinates")
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    seen, coords = (Coordinates.random(2, (SIZE, SIZE), 64, generator=generators) for _ in range(2))
+    z = encoder(seen.gather(images), seen)
+    noise = diffusion.mollifier.noise_like(images, generators)
+    terms = diffusion.training_losses(lambda values, t: decoder(values, t, z, coords), images,
+                                      torch.tensor([100, 700]), coords, noise)
+    loss = terms["loss"].mean()
+    return loss, *torch.autograd.grad(loss, [*decoder.parameters(), *encoder.parameters()])
+
+
+def test_every_layer_that_somebody_replaces_is_called_in_training_in_sampling_and_above_max_points(monkeypatch):
+    called = set()
+
+    def recording(cls):
+        class Recording(cls):
+            def forward(self, *inputs, **options):
+                called.add(self)
+                return super().forward(*inputs, **options)
+
+        return Recording
+
+    film, block, norm = (recording(cls) for cls in (models.blocks.FiLM, models.blocks.SparseBlock, nn.LayerNorm))
+    for module, name, cls in [(models.blocks, "FiLM", film), (models.grid_unet, "FiLM", film),
+                              (models.build, "SparseBlock", block), (nn, "LayerNorm", norm)]:
+        monkeypatch.setattr(module, name, cls)
+    config = tiny_config()
+    decoder, encoder = awake(build_decoder(config)), awake(build_encoder(config))
+    layers = {network: {layer for layer in network.modules() if isinstance(layer, (film, block, norm))}
+              for network in (decoder, encoder)}
+    assert all({type(layer) for layer in layers[network]} == {film, block, norm} for network in (decoder, encoder))
+
+    training_step(config, decoder.train(), encoder.train())
+    assert called == layers[decoder] | layers[encoder]
+    called.clear()
+    decode(decoder.eval(), build_diffusion(config, 2), torch.zeros(1, 6), (SIZE, SIZE))
+    assert called == layers[decoder]
+    called.clear()
+    values, t, z, coords = draw(1, (32, 32), share=1)
+    full = Coordinates.full(1, (32, 32))
+    with torch.no_grad():
+        decoder(values, t, z, full, max_points=300)
+        encoder(values, full, max_points=300)
+    assert called == layers[decoder] | layers[encoder]
+
+
+def without_kernels():
+    def fail(*_):
+        raise AssertionError("a kernel was called")
+
+    return {name: Backend(backend.devices, backend.unavailable_reason, fail, backend.depthwise, fail)
+            for name, backend in BACKENDS.items()}
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_torch_dense_is_plain_pytorch_and_gives_the_same_training_step(monkeypatch, depthwise):
+    found = []
+    for backend in ("auto", "torch_dense"):
+        config = tiny_config(backend=backend, depthwise_sparse=depthwise)
+        torch.manual_seed(0)
+        networks = awake(build_decoder(config)), awake(build_encoder(config))
+        if found:
+            for name, broken in without_kernels().items():
+                monkeypatch.setitem(BACKENDS, name, broken)
+            if "numba" in available_backends():
+                with pytest.raises(AssertionError, match="a kernel was called"):
+                    training_step(config, tiny_decoder(), tiny_encoder())
+        found.append(training_step(config, *networks))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_networks_to_be_compiled_keep_the_names_of_their_parameters(checkpoint_activations, monkeypatch):
-    """Where activations are computed again too, dropout stays with the generator that each step seeds."""
+    """With activation checkpointing, dropout still uses the generator that each step seeds."""
     flag = "graphsafe_rng_functionalization"  # which older versions of PyTorch do not have
     if hasattr(functorch, flag):
         monkeypatch.setattr(functorch, flag, True)
     config, latent = tiny_config(), tiny_latent_config()
     config.train.checkpoint_activations = checkpoint_activations
-    made = [(build_decoder, config, "grid_unet"), (build_encoder, config, "grid_down"),
-            (build_latent_model, latent, "")]
-    names = [list(build(one).state_dict()) for build, one, _ in made]
+    made = [(build_decoder, config), (build_encoder, config), (build_latent_model, latent)]
+    names = [list(build(one).state_dict()) for build, one in made]
     config.train.compile = latent.train.compile = True
-    for (build, one, part), before in zip(made, names, strict=True):
+    for (build, one), before in zip(made, names, strict=True):
         network = build(one)
-        assert network.get_submodule(part)._compiled_call_impl is not None
-        assert list(network.state_dict()) == before
+        assert network._compiled_call_impl is not None and list(network.state_dict()) == before
     assert getattr(functorch, flag, not checkpoint_activations) != checkpoint_activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "torch_dense"])
+def test_networks_compile_to_one_graph_each_for_all_coordinates(backend):
+    """Without a graph break, in training on fresh subsets and in sampling on all pixels; equal to eager mode."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decoder, encoder = tiny_decoder(backend=backend), tiny_encoder(backend=backend)
+    networks = [torch.compile(network, fullgraph=True, backend="aot_eager") for network in (decoder, encoder)]
+    parameters = [*decoder.parameters(), *encoder.parameters()]
+    for seed in range(3):
+        found = []
+        for one, other in ((decoder, encoder), networks):
+            values, t, _, coords = draw(seed=seed)  # nothing is cached on them
+            out = one(values, t, other(values, coords), coords)
+            found.append([out, *torch.autograd.grad(out.square().sum(), parameters)])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    full = Coordinates.full(2, (SIZE, SIZE))
+    values, t, z, _ = draw(share=1)
+    with torch.no_grad():
+        torch.testing.assert_close(networks[0](values, t, z, full), decoder(values, t, z, full))

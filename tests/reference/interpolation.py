@@ -6,19 +6,22 @@ import numpy as np
 
 
 def nearest(pixels, size, grid_size, k):
-    """For every node in raster order, the k nearest pixels as (squared distance, raster index, place), sorted."""
-    height, width = size
+    """For every node in raster order, sorted (squared distance, raster index, place) of the k nearest pixels and of all
+    exactly as far as the k-th."""
+    rows, columns = (squared_offsets(length, grid_size) for length in size)
     found = []
     for i in range(grid_size):
         for j in range(grid_size):
-            y, x = Fraction(2 * i + 1, 2 * grid_size), Fraction(2 * j + 1, 2 * grid_size)
-            candidates = []
-            for place, pixel in enumerate(pixels):
-                row, column = divmod(pixel, width)
-                dy, dx = y - Fraction(2 * row + 1, 2 * height), x - Fraction(2 * column + 1, 2 * width)
-                candidates.append((dy * dy + dx * dx, pixel, place))
-            found.append(sorted(candidates)[:k])
+            candidates = sorted((rows[i][pixel // size[1]] + columns[j][pixel % size[1]], pixel, place)
+                                for place, pixel in enumerate(pixels))
+            found.append([one for one in candidates if one[0] <= candidates[k - 1][0]])
     return found
+
+
+def squared_offsets(length, grid_size):
+    """Squared offsets of pixel centres from node centres along an axis, Fractions [grid_size][length]."""
+    return [[(Fraction(2 * node + 1, 2 * grid_size) - Fraction(2 * pixel + 1, 2 * length)) ** 2
+             for pixel in range(length)] for node in range(grid_size)]
 
 
 def knn_to_grid(features, pixels, size, grid_size, k):
