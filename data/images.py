@@ -40,10 +40,10 @@ def _list(folder, prefix, suffixes, seen, found, left_out):
             if real not in seen:
                 seen.add(real)
                 _list(entry.path, os.path.join(prefix, entry.name), suffixes, seen, found, left_out)
-        elif not entry.name.lower().endswith(suffixes):
-            left_out[f"{os.path.splitext(entry.name)[1] or 'other'} files"] += 1
         elif entry.is_symlink() and not os.path.exists(entry.path):
             left_out["links that lead nowhere"] += 1
+        elif not entry.name.lower().endswith(suffixes):
+            left_out[f"{os.path.splitext(entry.name)[1] or 'other'} files"] += 1
         else:
             found.append(os.path.join(prefix, entry.name))
 

@@ -129,7 +129,7 @@ def score(a, b):
             "kid": value, "kid_standard_error": standard_error, "count_a": a.count, "count_b": b.count}
 
 
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 def cached_statistics(folder, label, key, compute):
@@ -161,7 +161,7 @@ def _read(path, key):
             if str(archive["key"]) != key:
                 return None
             found = Statistics(archive["mean"], archive["covariance"], int(archive["count"]), archive["features"])
-    except UNREADABLE:
+    except DAMAGED:
         return None
     width = len(found.mean)
     if found.covariance.shape != (width, width) or found.features.shape[1:] != (width,):

@@ -1,4 +1,4 @@
-"""Which pixels are drawn, how evenly, and the geometry that follows from them."""
+"""Random subsets of pixels, their evenness, and the geometry that follows from them."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_subsets_are_distinct_sorted_and_in_range(kind, size):
 
 
 @pytest.mark.parametrize("values", [1, 2, 3, 1000])
-def test_the_smallest_scores_are_taken_also_where_some_are_equal(values):
+def test_the_smallest_scores_are_taken_with_ties(values):
     score = torch.randint(values, (5, 40), generator=generator("cpu", values)).float()
     for count in (1, 7, 39, 40):
         taken = _smallest(score, count)
@@ -63,7 +63,7 @@ def test_every_pixel_is_drawn_equally_often(kind, size, num_points):
 
 
 def star_discrepancy(coords):
-    """Largest deviation, over boxes with a corner in the origin, of the share of points from the area; mean over B."""
+    """Largest difference between share of points and area over boxes with a corner at the origin, mean over B."""
     position = coords.positions.double()
     grid = torch.linspace(1 / 16, 1, 16, dtype=torch.float64)
     inside = position[:, :, None, :] <= grid[None, None, :, None]
@@ -86,17 +86,6 @@ def test_stratified_draws_one_pixel_from_each_square_cell(size, side):
     row, column = index // size[1], index % size[1]
     cell = row // side * cells[1] + column // side
     assert (cell.sort(dim=1).values == torch.arange(cells[0] * cells[1])).all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_stratified_cells_partition_the_image(size):
-    from data.coordinates import _cells
-    for num_points in counts(size):
-        covered = torch.zeros(size, dtype=torch.int64)
-        for top, bottom, left, right in zip(*_cells(size, num_points, torch.device("cpu"))[0], strict=True):
-            assert bottom > top and right > left
-            covered[top:bottom, left:right] += 1
-        assert (covered == 1).all()
 
 
 def test_draws_differ_between_generators_and_kinds():
@@ -141,13 +130,6 @@ def test_full_coordinates_agree_with_the_same_pixels_given_one_by_one(size):
     assert torch.equal(full.gather(image), listed.gather(image))
     assert torch.equal(full.scatter(full.gather(image)), image)
     assert torch.equal(listed.scatter(listed.gather(image)), image)
-
-
-def test_gradients_pass_through_gather_and_scatter():
-    coords = shuffled((4, 5), 7)
-    image = torch.randn(3, 2, 4, 5, requires_grad=True)
-    coords.scatter(coords.gather(image) * 2).sum().backward()
-    assert torch.equal(image.grad, coords.scatter(torch.full((3, 7, 2), 2.0)))
 
 
 @pytest.mark.parametrize("size", SIZES)

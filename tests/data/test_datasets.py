@@ -297,6 +297,7 @@ def test_a_forked_worker_can_read_what_its_parent_has_open(tmp_path):
     assert torch.equal(dataset[1], here)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_the_same_data_elsewhere_and_refuses_others(tmp_path, caplog):
     write_folder(tmp_path / "data", 22)
     ae = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
