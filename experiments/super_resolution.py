@@ -108,7 +108,9 @@ def result_size(input_size):
     """(H, W) of the results for inputs of size (h, w)."""
     if SIZE.value is not None:
         return config.parse_image_size(SIZE.value, None)
-    return tuple(SCALE.value * length for length in input_size)
+    size = tuple(SCALE.value * length for length in input_size)
+    config.check_image_size(size, f"--scale={SCALE.value}")
+    return size
 
 
 def enlarge(autoencoder, z, constraint, weight, size, generators, progress):

@@ -20,6 +20,9 @@ from utils.checkpoint import architecture_fields
 from utils.errors import UserError
 from utils.files import replacing
 
+MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
+MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
+
 # Smallest allowed value of every number.
 AT_LEAST = {
     "run.seed": 0,
@@ -270,15 +273,29 @@ def changed_fields(values, defaults):
     return changed
 
 
-def parse_image_size(text, default, flag="sample_img_size"):
-    """(H, W) from "256", "192x256" or None, which means default x default; `flag` is named in the error."""
+def parse_image_size(text, default, flag="sample_img_size", whole=True):
+    """(H, W) from "256", "192x256" or None, which means default x default; `flag` is named in the error.
+
+    whole   False if only a window of the image is sampled
+    """
     if text is None:
         return default, default
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < 16:
         raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
+    if max(size) > MAX_SIDE:
+        raise UserError(f"--{flag}={text} must be at most {MAX_SIDE} pixels")
+    if whole:
+        check_image_size(size, f"--{flag}={text}")
     return size
+
+
+def check_image_size(size, flag):
+    """UserError if images or windows of size (H, W), which `flag` (--name=value) asks for, are too large to sample."""
+    if math.prod(size) > MAX_PIXELS:
+        raise UserError(f"{flag} asks for {size[0]}x{size[1]} pixels; at most {MAX_PIXELS}, such as 8192x8192, can be "
+                        "sampled at once; lower it, or sample a smaller --window by generate_samples.py")
 
 
 def parse_window(text, size):

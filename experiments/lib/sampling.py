@@ -143,19 +143,21 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
         raise UserError("an autoencoder is sampled with a latent model; give the latent config as --config and the "
                         "autoencoder's as --decoder_config (only a model with model.z_dim=0 is sampled alone)")
     own = cfg or decoder_cfg
-    size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size)
-    window = config.parse_window(window, size)
+    size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size, whole=window is None)
+    spans = config.parse_window(window, size)
     check_eta(options.eta, options.sampler, decoder_cfg)
     autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
                                      own.run, options.inv_snr.value)
     name = "{}_{}x{}".format(own.run.experiment, *size)
     draw = {}
-    if window:
+    if spans:
+        config.check_image_size([end - first for first, end in spans], f"--window={window}")
         check_window(autoencoder.diffusion)
-        draw["draw"] = functools.partial(decode_window, window=window)
-        name += "_rows_{}_{}_columns_{}_{}".format(*window[0], *window[1])
-    autoencoder.check_size(size)
-    settings = {"size": list(size), "window": window and [list(span) for span in window], "seed": own.run.seed,
+        draw["draw"] = functools.partial(decode_window, window=spans)
+        name += "_rows_{}_{}_columns_{}_{}".format(*spans[0], *spans[1])
+    else:
+        autoencoder.check_size(size)
+    settings = {"size": list(size), "window": spans and [list(span) for span in spans], "seed": own.run.seed,
                 "sampler": autoencoder.sampler, "steps": autoencoder.steps, "eta": options.eta.value,
                 "inv_snr": options.inv_snr.value, "decoder": autoencoder.identity}
     if cfg is None:
