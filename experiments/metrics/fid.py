@@ -254,13 +254,13 @@ def summary(record):
 def describe(record):
     """The protocol of a record of calculate_fid.py in one line, with every departure from the paper's."""
     made, differences = record["sampling"], departures(record)
-    how = made.get("what", "made in an unknown way")
+    how = f", {made.get('what', 'made in an unknown way')}"
     if "sampler" in made:
-        how = f"by {made['sampler']} in {made.get('steps')} steps"
+        how = f" by {made['sampler']} in {made.get('steps')} steps"
     if "latent_sampler" in made:
         how += f" from latents by {made['latent_sampler']} in {made.get('latent_steps')} steps"
     crops = f"{record['crops']} crops of {record['crop_size']}² of each; " if record["crops"] else ""
-    return ("{} samples of {}x{}, ".format(record["num_samples"], *record["size"])
+    return ("{} samples of {}x{}".format(record["num_samples"], *record["size"])
             + f"{how}; {' and '.join(record['real_images'])}; {crops}8 bits, "
             + f"{'' if record['flips'] else 'not '}flipped; features of {record['feature_model']}; "
             + (f"not the paper's, with {', '.join(differences)}" if differences else "the paper's"))

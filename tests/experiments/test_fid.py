@@ -421,7 +421,7 @@ def test_the_papers_protocol_departs_in_nothing(record):
 
 def test_the_protocol_is_described():
     assert describe(PAPER) == (
-        "50000 samples of 256x256, by ddim in 100 steps from latents by ddpm in 1000 steps; ffhq: 66500 training "
+        "50000 samples of 256x256 by ddim in 100 steps from latents by ddpm in 1000 steps; ffhq: 66500 training "
         "images of 256x256 and ffhq: 3500 held-out images of 256x256; 8 bits, not flipped; features of clip_vit_b_32; "
         "the paper's")
 
