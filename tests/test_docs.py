@@ -212,7 +212,7 @@ def test_the_data_set_of_the_example(tmp_path, monkeypatch):
 def test_the_sampler_of_the_example_is_of_second_order():
     module = types.ModuleType("samplers")
     module.__dict__.update(vars(samplers))
-    heun = example("diffusion/samplers.py", module).heun
+    heun = example("diffusion/samplers.py", module).ddim_heun
 
     def error(steps):
         """Of the state of step 0, from which the last step, to alpha_bar = 1, is of first order."""

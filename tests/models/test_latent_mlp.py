@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.blocks import TimeEmbedding, sinusoidal_features
 from models.build import build_latent_model
 from tests.models.tiny import tiny_latent_config
 
@@ -55,3 +56,21 @@ def test_bfloat16_autocast_stays_close_and_has_gradients():
     assert out.dtype == torch.float32
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())
     torch.testing.assert_close(out, net(z, t), rtol=0.05, atol=0.05)
+
+
+def test_the_length_of_a_jump_is_a_second_embedding_that_starts_at_zero():
+    torch.manual_seed(0)
+    embedding, t = TimeEmbedding(8, 6, jumps=True), torch.tensor([[0.0, 3.0], [500.0, 90.0]])
+    first = embedding.mlp(sinusoidal_features(t[:, 0], 8))
+    assert torch.equal(embedding(t), first)
+    torch.nn.init.normal_(embedding.jump.mlp[-1].weight)
+    torch.testing.assert_close(embedding(t), first + embedding.jump.mlp(sinusoidal_features(t[:, 1], 8)))
+
+
+def test_only_few_step_models_have_the_second_embedding():
+    sizes = {}
+    for objective in ("ddpm", "flow", "few_step"):
+        config = tiny_latent_config()
+        config.diffusion.objective = objective
+        sizes[objective] = sum(parameter.numel() for parameter in build_latent_model(config).parameters())
+    assert sizes["ddpm"] == sizes["flow"] < sizes["few_step"]
