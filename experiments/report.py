@@ -37,7 +37,6 @@ TEMPLATE = Path(__file__).parent / "lib" / "report_template.html"
 
 
 def main():
-    check_output_file(OUTPUT.value, "output")
     latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     if autoencoder is None:
         raise UserError("the config of an autoencoder is missing; give it as --config, or as --decoder_config beside a "
@@ -48,6 +47,8 @@ def main():
         if not path.is_file() and not (config.run_dir(run) / "metrics.jsonl").is_file():
             raise UserError(f"there is no run in {config.run_dir(run)}; train it first, or set run.output_dir and "
                             "run.experiment to those of the training run")
+    output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
+    check_output_file(output, "output")
     folders = find_folders(autoencoder, latent)
     samples, reconstructions = report_sections.find_images(folders)
     applications = report_sections.find_applications(folders, autoencoder)
@@ -67,7 +68,6 @@ def main():
         report_sections.config_changes(zip(runs, defaults, strict=True)),
         report_sections.times(runs, samples + reconstructions),
         report_sections.environments(runs)])
-    output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body)
     with replacing(output) as temporary:

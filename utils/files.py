@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from utils.errors import UserError
@@ -28,9 +29,14 @@ def check_writable(folder, field):
     """UserError, naming the config field or flag, unless files can be created in a folder, which need not exist yet."""
     folder = Path(folder)
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "cannot be written" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"{field}: {str(nearest)!r} {reason}; choose another folder")
+    if not nearest.is_dir():
+        raise UserError(f"{field}: {str(nearest)!r} is not a folder; choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"{field}: {str(nearest)!r} cannot be written ({error.strerror}); choose another folder"
+                        ) from error
 
 
 def check_output_file(path, flag):

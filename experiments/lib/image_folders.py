@@ -19,7 +19,7 @@ from data.loader import to_float
 from utils import distributed
 from utils.checkpoint import digest
 from utils.errors import UserError
-from utils.files import read_json, replacing
+from utils.files import check_writable, read_json, replacing
 from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -79,11 +79,8 @@ class ImageFolder:
         return to_float(torch.stack([read_image(self.file(index)) for index in range(self.total)]))
 
     def _open(self, settings):
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output={self.output} cannot be written ({error.strerror}); "
-                            "choose another folder") from error
+        check_writable(self.path, f"--output={self.output}")
+        self.path.mkdir(parents=True, exist_ok=True)
         has_images = any(self.path.glob("*.png"))
         saved = self._read() if has_images else {}
         for name, value in settings.items():

@@ -3,6 +3,7 @@ is refused in one line with exit code 2, and every file stays unchanged."""
 
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -162,10 +163,10 @@ SAMPLING = [
     ("--window -0.1 0 1 1", "--window=-0.1 0 1 1 must"), ("--eta=nan", "--eta=nan: it must be a finite number"),
     ("--config.train.sample_size=0", "config.train.sample_size=0 must be at least 1"),
     ("--config.data.fid_samples=0", "config.data.fid_samples=0 must be at least 1"),
-    ("--output=ae.py", "--output=ae.py cannot be written (File exists); choose another folder"),
-    ("--output=ae.py/x", "--output=ae.py/x cannot be written (Not a directory); choose another folder"),
+    ("--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
+    ("--output=ae.py/x", "--output=ae.py/x: 'ae.py' is not a folder"),
     ("--output=data", "--output=data holds images of unknown origin; choose another folder"),
-    ("--output=/proc/none", "--output=/proc/none cannot be written"),
+    ("--output=/proc/none", "--output=/proc/none: '/proc' cannot be written"),
 ]
 
 
@@ -179,14 +180,14 @@ OUTPUTS = [
     (STAGE_1, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
     (STAGE_2, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
     (STAGE_1, "--config.run.experiment=tiny/config.json", "tiny/config.json' is not a folder; choose another"),
-    (RECONS, "--output=ae.py", "--output=ae.py cannot be written (Not a directory); choose another"),
+    (RECONS, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (EXPORT, "--output=w.pt", "--output=w.pt must end with .safetensors"),
     (EXPORT, "--output=ae.py/w.safetensors", "--output=ae.py/w.safetensors: 'ae.py' is not a folder; choose another"),
     (PREPARE, "--output=ae.py", "--output='ae.py' is a file"),
     (PREPARE, "--output=data", "is data.root_dir itself"),
     (PREPARE, "--output=checkpoints", "other files"),
-    (NOISE, "--output=ae.py", "--output=ae.py cannot be written"),
-    (INPAINT, "--output=ae.py", "--output=ae.py cannot be written"),
+    (NOISE, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
+    (INPAINT, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
 ]
 
 
@@ -209,13 +210,13 @@ LATE = [
     (APPLY, f"{CONFIG} --sampling_steps=21", "--sampling_steps=21 must lie"),
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --scale=1000000", "--scale=1000000 asks for 20000000x20000000"),
     (RECONS, f"{CONFIG} --sampling_steps=3 --sample_img_size=20000", "--sample_img_size=20000 asks for"),
-    (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py cannot be written"),
+    (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --reach=1e308", "--reach=1e308: 1e+308 is not a number in"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --latent_config=ae.py", "leave one out"),
     (WALK, f"{CONFIG} --sampling_steps=3 --latent_config=ae.py", "--latent_config is an autoencoder config"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --sample_img_size=32", "--sample_img_size=32 applies to"),
-    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py cannot be written"),
+    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (INPAINT, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (SPECTRUM, f"{CONFIG} --samples=text", "image 'text/00000.png' can't be read"),
     (SPECTRUM, "--config=latent.py --samples=data", "--config is not an autoencoder config"),
@@ -250,6 +251,26 @@ def test_a_mistake_is_found_before_the_work(place, script, flags, said):
             make(place / name / image)
     network = ["--feature_model=efficientnet_lite0"] if script == ABLATE else []
     assert said in refused(place, script, *flags.split(), *network)
+
+
+IN_PROC = {  # script: flags that have it write below /proc, where not even the superuser can
+    STAGE_1: f"{CONFIG} --config.run.output_dir=/proc/none",
+    SAMPLES: "--config=latent.py --decoder_config=ae.py --sampling_steps=3 --output=/proc/none",
+    RECONS: f"{CONFIG} --sampling_steps=3 --output=/proc/none/r", NOISE: f"{CONFIG} --output=/proc/none",
+    INPAINT: f"{CONFIG} --sampling_steps=3 --output=/proc/none", PREPARE: f"{CONFIG} --output=/proc/none",
+    APPLY: f"{CONFIG} --sampling_steps=3 --input=data --output=/proc/none",
+    WALK: f"{CONFIG} --sampling_steps=3 --output=/proc/none/i", EXPORT: f"{CONFIG} --output=/proc/w.safetensors",
+    SPECTRUM: f"{CONFIG} --samples=data --output=/proc/none", REPORT: f"{CONFIG} --output=/proc/page.html",
+    COMPARE: "--reference=data --samples=data --output=/proc/none.json",
+    ABLATE: f"{CONFIG} --steps=10 --sampling_steps=3 --output=/proc/none/out",
+    BENCHMARK: f"{CONFIG} --output=/proc/none.json",
+}
+
+
+@pytest.mark.parametrize("script, flags", IN_PROC.items(), ids=IN_PROC)
+def test_a_folder_that_cannot_be_written(place, script, flags):
+    line = refused(place, script, *flags.split())
+    assert "cannot be written (" in line and re.search("--output=/proc|output_dir='/proc", line)
 
 
 def test_running_out_of_memory_is_one_line(place, monkeypatch):
