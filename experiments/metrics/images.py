@@ -1,11 +1,12 @@
 """Scores of single images: closeness to an original, spectrum, denoising error, and distance to the training images."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.fft import dctn
+from scipy.fft import dctn, idctn
 from skimage.metrics import structural_similarity
 from torch.utils.data import Subset
 
@@ -81,6 +82,22 @@ def radial_spectrum(images):
     wavenumber = np.rint(np.hypot(*np.ogrid[:height, :width])).astype(int).ravel()
     total, count = np.bincount(wavenumber, power.ravel()), np.bincount(wavenumber)
     return (total / count)[:min(height, width)]
+
+
+def exact_flow(noise, spectrum, train_size):
+    """The mollified Gaussian fields that the flow maps mollified noise [..., H, W] to, like it (docs/method.md, 8.1).
+
+    spectrum    variances [M, M] of the coefficients of a field in the basis of radial_spectrum, zero beyond M
+    train_size  (R_h, R_w); in this basis the coefficients of white noise have variance 1 / (R_h R_w)
+    All coefficients are independent and normal, so the flow keeps the ratio of each to its standard deviation. T scales
+    those of fields and noise alike.
+    """
+    height, width = noise.shape[-2:]
+    gain = np.zeros((height, width))
+    kept = spectrum[:height, :width]
+    gain[:kept.shape[0], :kept.shape[1]] = np.sqrt(kept.numpy() * math.prod(train_size))
+    coefficients = gain * dctn(noise.double().numpy(), norm="ortho", axes=(-2, -1))
+    return torch.from_numpy(idctn(coefficients, norm="ortho", axes=(-2, -1))).to(noise.dtype)
 
 
 def log_ratio(power, wanted, band):
