@@ -1,7 +1,7 @@
-"""Sampling under linear constraints: known pixels (inpainting) or a smaller version (super-resolution).
+"""Sampling under linear constraints, such as known pixels (inpainting) or a smaller version (super-resolution).
 
-The constraint is A x_0 = y for a linear A with pseudo-inverse A⁺ (docs/method.md, 6). States are mollified, and x_0 is
-the Wiener filter W of T x_0, so an estimate T x̂_0 has to change by
+The constraint is A x_0 = y for a linear operator A with pseudo-inverse A⁺ (docs/method.md, 6). States are mollified,
+and x_0 is the Wiener filter W of T x_0, so an estimate T x̂_0 has to change by
 
     gap = T A⁺(y − A W T x̂_0).
 
@@ -10,48 +10,16 @@ but no unknown pixel enters.
 """
 
 import torch
-import torch.nn.functional as F
 
+from diffusion.operators import pseudo_inverse
 from diffusion.samplers import ddim_step, fresh_noise, white_noise
-
-
-class KnownPixels:
-    """A = A⁺ = m ⊙, with m the mask of known pixels, bool [B, 1, H, W]; y is the image with unknown pixels zero."""
-
-    def __init__(self, known):
-        self.known = known
-
-    def forward(self, image):
-        """A of images [B, C, H, W]."""
-        return self.known * image
-
-    pseudo_inverse = forward
-
-
-class Downsampling:
-    """A: bicubic resizing from `size` (H, W) to a smaller `low_size` (h, w), with antialiasing.
-
-    F.interpolate as one matrix per axis, D_h x D_wᵀ, so that A⁺ is exact too.
-    """
-
-    def __init__(self, size, low_size, device=None):
-        self.axes = [_resizing(*lengths, device) for lengths in zip(size, low_size, strict=True)]
-        self.inverses = [torch.linalg.pinv(axis) for axis in self.axes]
-
-    def forward(self, image):
-        """A of images [..., H, W] -> [..., h, w]; float32 also under autocast."""
-        return _separable(self.axes, image)
-
-    def pseudo_inverse(self, low):
-        """The images [..., H, W] of least norm that `forward` maps to [..., h, w]."""
-        return _separable(self.inverses, low)
 
 
 class Constraint:
     """A x_0 = y in the mollified space.
 
-    operator   KnownPixels or Downsampling: A and A⁺
-    data       y, float32, in the shape of operator.forward's result
+    operator   A (diffusion.operators)
+    data       y, float32, in the shape of operator.A's result
     mollifier  diffusion.mollifier.GaussianMollifier, T
     """
 
@@ -66,7 +34,7 @@ class Constraint:
 
     def project(self, image):
         """A⁺A of an image [B, C, H, W], the part that the data determine; for known pixels, m ⊙ image."""
-        return self.operator.pseudo_inverse(self.operator.forward(image))
+        return pseudo_inverse(self.operator, self.operator.A(image))
 
     def enforce(self, image, iterations=20):
         """The image [B, C, H, W] made to agree with the data within [−1, 1], by alternating projections."""
@@ -75,7 +43,7 @@ class Constraint:
         return image
 
     def _missing(self, image):
-        return self.operator.pseudo_inverse(self.data - self.operator.forward(image))
+        return pseudo_inverse(self.operator, self.data - self.operator.A(image))
 
 
 class Consistent:
@@ -107,7 +75,8 @@ class Consistent:
 
 
 def guided_ddim(
-    denoise, x, schedule, constraint, guidance, consistency=0.0, jumps=0, generator=None, noise_like=white_noise
+    denoise, x, schedule, constraint, guidance, consistency=0.0, jumps=0, generator=None, noise_like=white_noise,
+    limited=True
 ):
     """DDIM with reconstruction guidance and resampling (docs/method.md, 6.1); yields (t, x) like all samplers.
 
@@ -120,11 +89,13 @@ def guided_ddim(
                  uncorrected estimate
     jumps        repetitions of every step but the last: back to x_t with fresh noise and down again, which harmonises
                  unknown with known parts (RePaint, Lugmayr et al. 2022)
+    limited      map the gradient by T T* and limit its norm (see _push); False subtracts it as it is, which with
+                 consistency 0 is the rule of the paper
     """
     for t, now, after in schedule.levels():
         for remaining in reversed(range(1 + (jumps if t > 0 else 0))):
             time = torch.full((len(x),), t, device=x.device)
-            x0, push = _push(denoise, x, time, constraint, guidance if t > 0 else 0.0, after[0])
+            x0, push = _push(denoise, x, time, constraint, guidance if t > 0 else 0.0, limited, after[0])
             if consistency:
                 x0 = x0 + consistency * constraint.gap(x0)
             x = ddim_step(x, x0, now, after) - push
@@ -133,13 +104,13 @@ def guided_ddim(
         yield t, x
 
 
-def _push(denoise, x, t, constraint, guidance, signal):
+def _push(denoise, x, t, constraint, guidance, limited, signal):
     """(T x̂_0, the term that guidance subtracts from x_{t−1}), both like x.
 
-    The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² treats T x̄ as constant. Two measures keep the state within the process:
-    T T* maps the gradient with respect to pixels to the space of states x_t = T u, since the Wiener filter would
-    amplify anything outside it. And the norm is limited to that of a_{t−1} gap, the change that closes
-    the gap, because the slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
+    The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² treats T x̄ as constant. If limited, two measures keep the state in the
+    process. T T* maps the gradient with respect to pixels to the space of states x_t = T u, since the Wiener filter
+    would amplify anything outside it. And the norm is limited to that of a_{t−1} gap, the change that closes the gap,
+    because the slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
     """
     if guidance == 0:
         return denoise(x, t), 0.0
@@ -148,6 +119,8 @@ def _push(denoise, x, t, constraint, guidance, signal):
         x0 = denoise(x, t)
         gap = constraint.gap(x0.detach())
         gradient, = torch.autograd.grad(x0, x, -2 * constraint.project(gap))
+    if not limited:
+        return x0.detach(), guidance * gradient
     push = guidance * constraint.mollifier.blur(constraint.mollifier.blur(gradient))
     longest = signal * _norm(gap)
     return x0.detach(), push * (longest / _norm(push).clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
@@ -155,15 +128,3 @@ def _push(denoise, x, t, constraint, guidance, signal):
 
 def _norm(x):
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-
-
-def _separable(axes, image):
-    rows, columns = (axis.to(image.dtype) for axis in axes)
-    with torch.autocast(image.device.type, enabled=False):
-        return rows @ image @ columns.T
-
-
-def _resizing(length, low_length, device):
-    """Matrix [low_length, length] that resizes one axis, float64."""
-    pixels = torch.eye(length, dtype=torch.float64)[None, None]  # each column is one unit pixel
-    return F.interpolate(pixels, (low_length, length), mode="bicubic", antialias=True)[0, 0].to(device)

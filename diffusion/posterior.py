@@ -5,8 +5,9 @@ network's estimate of x_0, C_t the covariance of x_0 given x_t, and s the noise 
 
     E[x_0 | x_t, y] = m + C_t A* (A C_t A* + s²)⁻¹ (y − A m)
 
-if x_0 is normal given x_t. The states are x_t = T(a x_0 + b ξ). With independent DCT coefficients of x_0, whose
-covariance between the channels is S(k), and ρ the variance of the white noise ξ at this size, C_t is diagonal in k:
+if x_0 is normal given x_t. The states are x_t = T(a x_0 + b ξ), of diffusion or of a flow. If the DCT coefficients of
+x_0 are independent, with the covariance S(k) between channels, C_t is diagonal in k. With ρ the variance of the white
+noise ξ at this size,
 
     C_t(k) = b² ρ S(k) (a² S(k) + b² ρ)⁻¹
 
@@ -69,7 +70,7 @@ class PosteriorDenoiser:
     """A Denoiser with the estimate E[T x_0 | x_t, y], for any sampler.
 
     denoise     Denoiser, E[T x_0 | x_t]
-    diffusion   GaussianDiffusion, of which the schedule and the mollifier are used
+    diffusion   GaussianDiffusion or Flow, of which the schedule and the mollifier are used
     operator    A (diffusion.operators), with the noise level s
     data        y, in the shape of operator.A's result
     spectrum    Spectrum of x_0 at the size of the images
@@ -78,7 +79,8 @@ class PosteriorDenoiser:
 
     def __init__(self, denoise, diffusion, operator, data, spectrum, tolerance=1e-4):
         self.denoise = denoise
-        self.schedule, self.mollifier = diffusion.schedule, diffusion.mollifier
+        self.levels = {t: level for t, level, _ in diffusion.schedule.levels()}  # (a, b) of every step
+        self.mollifier = diffusion.mollifier
         self.operator = operator
         self.data = data
         self.spectrum = spectrum
@@ -92,11 +94,19 @@ class PosteriorDenoiser:
         estimate, variance = self.denoise.with_variance(x, t)
         return self._conditioned(estimate, t), variance
 
+    def jump(self, x, t):
+        """The corrected estimate of a jump (docs/method.md, 8); no longer exact."""
+        return self._conditioned(self.denoise.jump(x, t), t)
+
     def _conditioned(self, tx0, t):
         """T E[x_0 | x_t, y] from T E[x_0 | x_t] [B, C, H, W]; all images are at the same step."""
+        with torch.autocast(tx0.device.type, enabled=False):
+            return tx0 + self._correction(tx0, t)
+
+    def _correction(self, tx0, t):
         spectrum = self.spectrum.to(tx0)
-        signal = self.schedule.at("alpha_bar", t[:1], tx0)[0]
-        noise = (1 - signal) * self.mollifier.scale_noise(torch.ones_like(tx0[0])) ** 2
+        a, b = map(float, self.levels[t[0].item()])
+        signal, noise = a**2, b**2 * self.mollifier.scale_noise(torch.ones_like(tx0[0])) ** 2
 
         def remaining(variance):
             return variance * noise / (signal * variance + noise)
@@ -107,18 +117,16 @@ class PosteriorDenoiser:
 
         residual = self.data - self.operator.A(self.mollifier.sharpen(tx0))
         weights = conjugate_gradients(data_covariance, residual, tolerance=self.tolerance)
-        return tx0 + self.mollifier.blur(spectrum.apply(remaining, self.operator.A_adjoint(weights)))
+        return self.mollifier.blur(spectrum.apply(remaining, self.operator.A_adjoint(weights)))
 
 
 def dct(image):
     """Orthonormal DCT-II of images [..., H, W]."""
     rows, columns = (dct_matrix(length, image.device, image.dtype) for length in image.shape[-2:])
-    with torch.autocast(image.device.type, enabled=False):
-        return rows @ image @ columns.T
+    return rows @ image @ columns.T
 
 
 def idct(coefficients):
     """The inverse of dct."""
     rows, columns = (dct_matrix(length, coefficients.device, coefficients.dtype) for length in coefficients.shape[-2:])
-    with torch.autocast(coefficients.device.type, enabled=False):
-        return rows.T @ coefficients @ columns
+    return rows.T @ coefficients @ columns

@@ -17,7 +17,8 @@ from absl import flags
 
 from data.images import read_image
 from data.loader import to_float
-from diffusion.guidance import Constraint, KnownPixels, guided_ddim
+from diffusion.guidance import Constraint, guided_ddim
+from diffusion.operators import Mask
 from diffusion.samplers import FIRST_ORDER
 from diffusion.sampling import images_at_once
 from experiments.lib.applications import (
@@ -42,6 +43,8 @@ GUIDANCE = float_flag("guidance", 1.0, "lambda of reconstruction guidance; 0 for
 CONSISTENCY = float_flag("consistency", 1.0, "share of the known pixels in the estimate of each step: 0 for none, 1 "
                          "for exactly the known pixels", high=1.0)
 JUMPS = flags.DEFINE_integer("jumps", 0, "repetitions of each step, each after fresh noise", lower_bound=0)
+LIMITED = flags.DEFINE_bool("limit_guidance", True, "limit the gradient of guidance; with --nolimit_guidance and "
+                            "--consistency 0 the rule is that of the paper")
 STEPS = steps_flag(100)
 SIZE = size_flag("held-out images")
 INPUT = input_flag()
@@ -66,15 +69,15 @@ def main():
 
     output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
     settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
-                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "steps": autoencoder.steps,
-                "seed": cfg.run.seed, "inv_snr": INV_SNR.value, "decoder": autoencoder.identity,
-                "latent_model": latent_model}
+                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "limit_guidance": LIMITED.value,
+                "steps": autoencoder.steps, "seed": cfg.run.seed, "inv_snr": INV_SNR.value,
+                "decoder": autoencoder.identity, "latent_model": latent_model}
     folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
 
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
     for indices, progress in folders["results"].missing_batches(batch_size, autoencoder.steps, folders.values()):
         truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
-        constraint = Constraint(KnownPixels(mask), mask * truth, autoencoder.diffusion.mollifier)
+        constraint = Constraint(Mask(mask), mask * truth, autoencoder.diffusion.mollifier)
         z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)
         generated = inpaint(autoencoder, z, constraint, size, autoencoder.generators(indices, "inpainting"), progress)
         save_batch(folders, indices, {"originals": truth, "masked": torch.where(mask, truth, 1.0),
@@ -95,7 +98,7 @@ def inpaint(autoencoder, z, constraint, size, generators, progress):
 
     def path(denoise, x):
         return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, CONSISTENCY.value, JUMPS.value,
-                           generators, diffusion.mollifier.noise_like)
+                           generators, diffusion.mollifier.noise_like, LIMITED.value)
 
     return autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
 

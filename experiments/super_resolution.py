@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 
 from data.loader import to_float
-from diffusion.guidance import Consistent, Constraint, Downsampling
+from diffusion.guidance import Consistent, Constraint
+from diffusion.operators import Downsampling
 from diffusion.samplers import sample
 from diffusion.sampling import images_at_once
 from experiments.lib.applications import check_encoder, open_folders, save_batch, write_grid, write_scores
@@ -70,7 +71,7 @@ def main():
     names = ["inputs", "bicubic", "lanczos", "backprojected", *weights, *(["truth"] if truth is not None else [])]
     folders = open_folders(output, dict.fromkeys(names, total), settings)
 
-    operator = Downsampling(size, input_size, autoencoder.device)
+    operator = Downsampling(size, input_size, device=autoencoder.device)
     batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
     for indices, progress in folders[names[-1]].missing_batches(batch_size, autoencoder.steps * len(weights),
                                                                  folders.values()):

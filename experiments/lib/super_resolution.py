@@ -5,7 +5,7 @@ from PIL.Image import Resampling
 
 from data.images import read_image, to_tensor
 from data.loader import to_float
-from diffusion.guidance import Downsampling
+from diffusion.operators import Downsampling
 from experiments.lib.image_folders import folder_images, heldout_images
 from experiments.metrics.images import psnr, ssim
 from utils.errors import UserError
@@ -25,7 +25,7 @@ def read_inputs(cfg, folder, input_size, result_size, count):
         return inputs, None, _larger(inputs.shape[-2:], result_size), origin
     size = _larger(input_size, result_size)
     truth, origin = heldout_images(cfg, size, count)
-    return to_uint8(Downsampling(size, input_size).forward(to_float(truth))), truth, size, origin
+    return to_uint8(Downsampling(size, input_size).A(to_float(truth))), truth, size, origin
 
 
 def _larger(input_size, result_size):
@@ -57,7 +57,7 @@ def score(folders):
         rows = []
         for i in range(count):
             image, low = (read_image(folders[folder].file(i)) for folder in (name, "inputs"))
-            row = {"consistency_psnr": psnr(operator.forward(image.double()), low)}
+            row = {"consistency_psnr": psnr(operator.A(image.double()), low)}
             if "truth" in folders:
                 truth = read_image(folders["truth"].file(i))
                 row = {"psnr": psnr(image, truth), "ssim": ssim(image, truth), **row}

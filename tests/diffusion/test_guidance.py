@@ -5,12 +5,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from data.coordinates import Coordinates
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.guidance import Consistent, Constraint, Downsampling, KnownPixels, guided_ddim
+from diffusion.guidance import Consistent, Constraint, guided_ddim
 from diffusion.mollifier import GaussianMollifier
+from diffusion.operators import Downsampling, Mask
 from diffusion.samplers import ddim, ddim_step, ddpm
 from diffusion.schedules import Schedule, make_betas, respaced_timesteps
 from tests.models.tiny import tiny_config, tiny_decoder
@@ -33,35 +33,19 @@ def known_pixels(batch, size, seed=0):
 
 
 def constraint_of(sigma=1.0, size=(6, 7), batch=2, seed=0):
-    operator = KnownPixels(known_pixels(batch, size, seed))
-    data = operator.forward(draw(batch, 3, *size, seed=seed + 1))
+    operator = Mask(known_pixels(batch, size, seed))
+    data = operator.A(draw(batch, 3, *size, seed=seed + 1))
     return Constraint(operator, data, GaussianMollifier(sigma, size))
-
-
-@pytest.mark.parametrize("size, low_size", SIZES)
-def test_downsampling_is_bicubic_resizing_with_antialiasing(size, low_size):
-    image = draw(2, 3, *size).float()
-    expected = F.interpolate(image, low_size, mode="bicubic", antialias=True)
-    torch.testing.assert_close(Downsampling(size, low_size).forward(image), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size, low_size", SIZES)
-def test_the_pseudo_inverse_is_one(size, low_size):
-    """A A⁺ = 1, and A⁺A is an orthogonal projection."""
-    operator, low, image = Downsampling(size, low_size), draw(2, 3, *low_size), draw(2, 3, *size)
-    torch.testing.assert_close(operator.forward(operator.pseudo_inverse(low)), low)
-    part = operator.pseudo_inverse(operator.forward(image))
-    torch.testing.assert_close(((image - part) * part).sum(), torch.zeros((), dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("size, low_size", SIZES)
 def test_enforcing_reproduces_the_smaller_image(size, low_size):
     """Of an image that exists, from another one, however wrong: within the range of pixels."""
     operator = Downsampling(size, low_size)
-    low = operator.forward(draw(2, 3, *size).sigmoid() - 0.5)
+    low = operator.A(draw(2, 3, *size).sigmoid() - 0.5)
     image = Constraint(operator, low, GaussianMollifier(1.0, size)).enforce(draw(2, 3, *size, seed=1).clamp(-1, 1))
     assert image.abs().max() <= 1
-    assert (operator.forward(image) - low).abs().max() < 1e-3
+    assert (operator.A(image) - low).abs().max() < 1e-3
 
 
 def test_enforcing_keeps_known_pixels_and_leaves_the_others():
@@ -77,7 +61,7 @@ def test_the_gap_is_the_mollified_change_of_known_pixels():
     """It closes it where the filter is exact, and no unknown pixel of the true image has a part in it."""
     constraint, tx0 = constraint_of(sigma=0.0), draw(2, 3, 6, 7, seed=5)
     closed = tx0 + constraint.gap(tx0)
-    torch.testing.assert_close(constraint.operator.forward(closed), constraint.data)
+    torch.testing.assert_close(constraint.operator.A(closed), constraint.data)
     mollified = constraint_of(sigma=1.5)
     blur, sharpen = mollified.mollifier.blur, mollified.mollifier.sharpen
     full = torch.where(mollified.operator.known, mollified.data, sharpen(tx0))  # x-bar: the estimate where not known
@@ -116,6 +100,8 @@ def test_guidance_is_the_gradient_of_the_mismatch(sigma):
     longest = schedule.alpha_bar[-2].sqrt() * constraint.gap(denoise(x, None)).flatten(1).norm(dim=1)
     assert ((scale * mollified).flatten(1).norm(dim=1) < longest).all()  # so that the limit plays no part
     torch.testing.assert_close(plain - state, scale * mollified, rtol=1e-5, atol=1e-9)
+    _, published = next(guided_ddim(denoise, x, schedule, constraint, scale, limited=False))
+    torch.testing.assert_close(plain - published, scale * gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_guidance_moves_no_further_than_the_gap():
@@ -133,7 +119,7 @@ def test_guidance_moves_no_further_than_the_gap():
 
 def test_nothing_known_or_no_guidance_is_plain_ddim():
     schedule, x, constraint = schedule_of(6), draw(2, 3, 6, 7), constraint_of()
-    blank = Constraint(KnownPixels(torch.zeros(2, 1, 6, 7, dtype=torch.bool)), torch.zeros(()), constraint.mollifier)
+    blank = Constraint(Mask(torch.zeros(2, 1, 6, 7, dtype=torch.bool)), torch.zeros(()), constraint.mollifier)
     plain = [state for _, state in ddim(lambda x, t: 0.5 * x, x, schedule)]
     for options in ((blank, 1.0, 1.0), (constraint, 0.0)):
         for (_, ours), expected in zip(guided_ddim(lambda x, t: 0.5 * x, x, schedule, *options), plain, strict=True):
@@ -183,8 +169,8 @@ def inpainted(guidance, jumps):
         gain = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(side**2))
         return (x.flatten(1) @ gain).view_as(x)
 
-    operator = KnownPixels(known.view(1, 1, side, side).expand(count, -1, -1, -1))
-    constraint = Constraint(operator, operator.forward(value.view(1, 1, side, side)), GaussianMollifier(0.0))
+    operator = Mask(known.view(1, 1, side, side).expand(count, -1, -1, -1))
+    constraint = Constraint(operator, operator.A(value.view(1, 1, side, side)), GaussianMollifier(0.0))
     path = guided_ddim(denoise, draw(count, 1, side, side), schedule, constraint, guidance, 1.0, jumps,
                        generator("cpu", 1))
     *_, (_, x) = path
@@ -224,8 +210,8 @@ def test_super_resolution_of_normal_images_is_nearer_to_their_conditional_mean_t
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
     covariance = 0.25 * torch.exp(-torch.cdist(place, place) / 3)
     operator = Downsampling((side, side), (4, 4))
-    low = operator.forward((torch.linalg.cholesky(covariance) @ draw(side**2, seed=11)).view(1, 1, side, side))
-    matrix = operator.forward(torch.eye(side**2, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T  # A
+    low = operator.A((torch.linalg.cholesky(covariance) @ draw(side**2, seed=11)).view(1, 1, side, side))
+    matrix = operator.A(torch.eye(side**2, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T  # A
     gain = covariance @ matrix.T @ torch.linalg.inv(matrix @ covariance @ matrix.T)
     mean = (gain @ low.flatten()).view(side, side)
 
@@ -236,7 +222,7 @@ def test_super_resolution_of_normal_images_is_nearer_to_their_conditional_mean_t
 
     denoise = Consistent(denoise, Constraint(operator, low, GaussianMollifier(0.0)))
     *_, (_, x) = ddim(denoise, draw(count, 1, side, side), schedule, 1.0, generator("cpu", 1))
-    torch.testing.assert_close(operator.forward(x), low.expand(count, -1, -1, -1))
+    torch.testing.assert_close(operator.A(x), low.expand(count, -1, -1, -1))
     ours, plain = ((estimate - mean).square().mean().sqrt() for estimate in
                    (x.mean((0, 1)), operator.pseudo_inverse(low)[0, 0]))
     assert ours < 0.5 * plain
@@ -258,7 +244,7 @@ def test_consistent_estimates_meet_the_data_whatever_the_sampler():
     assert torch.equal(variance.flatten(), schedule.posterior_variance[[3, 3]])
     for sampler in (ddim, ddpm):
         *_, (_, result) = sampler(denoise, x, schedule, generator=generator("cpu", 0))
-        torch.testing.assert_close(constraint.operator.forward(result), constraint.data)
+        torch.testing.assert_close(constraint.operator.A(result), constraint.data)
     half = Consistent(Oracle(), constraint, 0.5)(x, torch.tensor([3, 3]))
     torch.testing.assert_close(half, (Oracle()(x, None) + estimate) / 2)
 

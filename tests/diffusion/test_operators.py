@@ -116,6 +116,14 @@ def test_projections_are_means_of_bands():
     torch.testing.assert_close(columns, image[0, 0].mean(0).unflatten(0, (3, 3)).mean(1))
 
 
+@pytest.mark.parametrize("size, low_size", [
+    ((16, 16), (8, 8)), ((15, 20), (5, 8)), ((12, 9), (12, 4)), ((33, 21), (32, 21))])
+def test_downsampling_is_bicubic_resizing_with_antialiasing(size, low_size):
+    image = draw(2, 3, *size, dtype=torch.float32)
+    expected = F.interpolate(image, low_size, mode="bicubic", antialias=True)
+    torch.testing.assert_close(Downsampling(size, low_size).A(image), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_stack_has_one_noise_level():
     """Measurements of sd 0.3 are divided by 3 beside those of sd 0.1."""
     operators = [Mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), noise) for noise in (0.1, 0.3)]
