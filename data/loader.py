@@ -5,6 +5,7 @@ permutation(seed, epoch)[p % N] in an orientation drawn from (seed, epoch, item)
 ranks and interruptions do not affect it. Step s trains on positions s · batch_size to (s + 1) · batch_size − 1.
 """
 
+import atexit
 import functools
 import itertools
 import multiprocessing
@@ -140,6 +141,8 @@ def map_in_workers(function, inputs, num_workers, pin_memory=False):
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # otherwise it draws from the global one
     )
+    if workers and multiprocessing.get_start_method() == "forkserver":
+        _start_fork_server()
     for result in results:
         if isinstance(result, UserError):
             raise result
@@ -159,20 +162,38 @@ class _Results:
             return error  # raised in a worker, its message would include the worker's traceback
 
 
+def _start_fork_server():
+    """Start the server that forks workers, if it does not run yet. It ignores signals to stop, as workers do."""
+    from multiprocessing import forkserver
+
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    forkserver.ensure_running()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def _start_worker(_):
-    """End this worker when its parent is gone; otherwise it would wait forever to deliver a result.
+    """Prepare this worker for every end of its parent.
 
     Signals to stop reach all processes of a terminal or a job. Workers ignore them: the parent finishes its step, for
-    which it may need them.
+    which it may need them. A parent that ends by itself kills its workers; this thread sees one that was killed.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def watch():
-        multiprocessing.parent_process().join()  # by any start method; os.getppid() would be that of a fork server
+        multiprocessing.parent_process().join()  # os.getppid() is the server under the start method forkserver
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@atexit.register  # runs before multiprocessing's own handler, which waits for workers, and these ignore its SIGTERM
+def _kill_workers():
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for a killed worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _identity(result):

@@ -58,6 +58,9 @@ def run(main, shared=False, several=()):
         if "DefaultCPUAllocator" in str(error):  # PyTorch's message when the host is out of memory
             _fail("out of memory; lower train.batch_size, or --sample_img_size, --max_points and train.sample_size "
                   "when sampling", code=1)
+        if "DataLoader worker" in str(error):  # PyTorch's message when a worker is gone
+            _fail("a worker that reads data was killed, perhaps because memory ran out; lower data.num_workers, or run "
+                  "where there is more memory", code=1)
         reason = distributed.lost_connection(error)
         if reason is None:
             raise
