@@ -22,6 +22,11 @@ def kernel(base):
     return {"depthwise": {"model.depthwise_sparse": True}, "full": {"model.depthwise_sparse": False}}
 
 
+def operator(base):
+    """Estimate of the sparse operator: the paper's, or one whose mean does not depend on the fraction of the pixels."""
+    return {kind: {"model.operator": kind} for kind in ("paper", "consistent")}
+
+
 def mollifier(base):
     """Standard deviation of the mollifier in pixels at the training resolution; 0 is plain DDPM."""
     return {f"sigma {sigma:g}": {"diffusion.gaussian_filter_std": sigma} for sigma in (0.0, 0.5, 1.0, 2.0)}
@@ -55,7 +60,7 @@ def seed(base):
 
 
 AXES = {axis.__name__: axis for axis in (
-    encoder, grid, kernel, mollifier, neighbours, parameterisation, sampling_kind, seed, subsampling)}
+    encoder, grid, kernel, mollifier, neighbours, operator, parameterisation, sampling_kind, seed, subsampling)}
 
 
 def get_variants(axis, base):

@@ -65,6 +65,7 @@ def autoencoder_config(img_size):
     model.knn_neighbours = 3
     model.depthwise_sparse = True
     model.kernel_size = 7
+    model.operator = "paper"  # paper, consistent (the same mean at every fraction of the pixels)
     model.backend = "auto"  # auto, torch_dense, numba, triton, torchsparse, spconv
     model.attention = "auto"  # auto, sdpa, flash_attn
     model.uno_res = 64

@@ -19,12 +19,12 @@ class SparseBlock(nn.Module):
     train_size    pixels per axis of the training resolution
     depthwise     one kernel per channel, [k, k, nf], or a full one, [k, k, nf, nf]
     backend       model.backend, for K (models.sparse_conv); parameters do not depend on it
+    consistent    estimate K so that its mean does not depend on the number of points (models.sparse_conv)
     """
 
-    def __init__(self, width, kernel_size, train_size, depthwise=True, backend="auto"):
+    def __init__(self, width, kernel_size, train_size, depthwise=True, backend="auto", consistent=False):
         super().__init__()
-        self.train_size = train_size
-        self.backend = backend
+        self.train_size, self.backend, self.consistent = train_size, backend, consistent
         self.norm_conv = nn.LayerNorm(width)
         self.film_conv = FiLM(width)
         self.kernel = nn.Parameter(torch.empty(kernel_size, kernel_size, width, *([] if depthwise else [width])))
@@ -42,7 +42,7 @@ class SparseBlock(nn.Module):
         """x [B, L, nf] at coords, modulation from Conditioning -> [B, L, nf]."""
         kernel = resize_kernel(self.kernel, coords.image_size, self.train_size)
         h = self.film_conv(self.norm_conv(x), modulation).to(x.dtype)  # on a GPU autocast computes norms in float32
-        x = x + sparse_conv(h, kernel, coords, self.backend)
+        x = x + sparse_conv(h, kernel, coords, self.backend, self.consistent)
         return x + self.mlp(self.film_mlp(self.norm_mlp(x), modulation))
 
     def halo(self, image_size):

@@ -104,7 +104,8 @@ def _prepared(config, network):
 def _sparse_block(config):
     model = config.model
     resolve_backend(model.backend, device=None, depthwise=model.depthwise_sparse)
-    return SparseBlock(model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend)
+    return SparseBlock(model.nf, model.kernel_size, config.data.img_size, model.depthwise_sparse, model.backend,
+                       consistent=model.operator == "consistent")
 
 
 def _grid_spec(model):

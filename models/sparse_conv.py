@@ -16,16 +16,22 @@ FFT_TAPS = 33**2
 FFT_CHUNK = 2**20  # values transformed at a time, to bound the memory
 
 
-def sparse_conv(features, weight, coords, backend="auto"):
+def sparse_conv(features, weight, coords, backend="auto", consistent=False):
     """Monte Carlo estimate of a convolution integral over the points N(c) in the window of each point c.
 
         (K h)(c) = kh kw / |N(c)| · sum over c' in N(c) of weight(c' - c) h(c')        (docs/method.md, 4.2)
 
-    features  [B, L, C] at the L coordinates, float32, bfloat16, float16 or float64
-    weight    [kh, kw, C] depthwise, or [kh, kw, C, D] full; kh and kw odd. weight[i, j] multiplies the neighbour at row
-              offset i - kh // 2 and column offset j - kw // 2, a cross-correlation as in F.conv2d
-    coords    data.coordinates.Coordinates of the L points
-    backend   auto, torch_dense or a name in models.kernels.BACKENDS
+    This estimate counts c itself always, but its neighbours only with the share q of the pixels that are present, so
+    its mean depends on q. The consistent one has the same mean at every q; only its first term is left if c is alone:
+
+        (K h)(c) = weight(0) h(c) + (kh kw - 1) / (|N(c)| - 1) · sum over c' ≠ c in N(c) of weight(c' - c) h(c')
+
+    features    [B, L, C] at the L coordinates, float32, bfloat16, float16 or float64
+    weight      [kh, kw, C] depthwise, or [kh, kw, C, D] full; kh and kw odd. weight[i, j] multiplies the neighbour at
+                row offset i - kh // 2 and column offset j - kw // 2, a cross-correlation as in F.conv2d
+    coords      data.coordinates.Coordinates of the L points
+    backend     auto, torch_dense or a name in models.kernels.BACKENDS
+    consistent  use the second estimate
     Returns [B, L, C] or [B, L, D] in the dtype of the features. Raises UserError if the backend cannot be used, and
     ValueError for wrong shapes.
     """
@@ -35,12 +41,23 @@ def sparse_conv(features, weight, coords, backend="auto"):
         raise ValueError(f"weight must be [kh, kw, C] or [kh, kw, C, D] with kh and kw odd, got {tuple(weight.shape)}")
     if weight.shape[2] != features.shape[2]:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit features of {features.shape[2]} channels")
+    neighbour_sum = _choose(backend, features, weight, coords)
+    if not consistent:
+        return (neighbour_sum(features, weight, coords) * _factor(features, weight, coords, 0)).to(features.dtype)
     kh, kw = weight.shape[:2]
-    total = _choose(backend, features, weight, coords)(features, weight, coords)
-    dtype = torch.promote_types(total.dtype, torch.float32)
-    factor = coords.cached(("kh kw / |N|", kh, kw, dtype),
-                           lambda: (kh * kw / neighbour_counts(coords, (kh, kw)).to(dtype))[:, :, None])
-    return (total * factor).to(features.dtype)
+    centre = torch.arange(kh * kw, device=weight.device).view(kh, kw, *[1] * (weight.dim() - 2)) == kh * kw // 2
+    others = neighbour_sum(features, weight.masked_fill(centre, 0), coords)
+    tap = weight[kh // 2, kw // 2].to(features.dtype)
+    own = features * tap if weight.dim() == 3 else features @ tap
+    return torch.addcmul(own, others, _factor(features, weight, coords, 1)).to(features.dtype)
+
+
+def _factor(features, weight, coords, without):
+    """(kh kw - without) / (|N(c)| - without), [B, L, 1] in at least float32; `without` pixels are not estimated."""
+    taps, dtype = math.prod(weight.shape[:2]) - without, torch.promote_types(features.dtype, torch.float32)
+    count = neighbour_counts(coords, weight.shape[:2])
+    return coords.cached(("factor", *weight.shape[:2], without, dtype),
+                         lambda: (taps / (count - without).clamp(min=1).to(dtype))[:, :, None])
 
 
 def dense_neighbour_sum(features, weight, coords):

@@ -57,6 +57,7 @@ ONE_OF = {
     "diffusion.loss_type": ("mse", "l1", "rescaled_mse"),
     "diffusion.mollifier_type": ("dct", "none"),
     "diffusion.model_mean_type": ("mollified_epsilon", "epsilon", "v", "xstart"),
+    "model.operator": ("paper", "consistent"),
     "mc_integral.type": ("uniform", "halton", "stratified"),
 }
 

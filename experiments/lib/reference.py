@@ -89,13 +89,16 @@ def points_to_grid(module, values, coords, modulation=None):
 def sparse_block(block, x, coords, modulation=None):
     """A SparseBlock on x [B, L, nf]."""
     kernel = resize_kernel(block.kernel, coords.size, block.train_size)
-    x = x + sparse_conv(film(block.film_conv, block.norm_conv(x), modulation), kernel, coords)
+    x = x + sparse_conv(film(block.film_conv, block.norm_conv(x), modulation), kernel, coords, block.consistent)
     hidden, _, out = block.mlp
     return x + out(F.gelu(hidden(film(block.film_mlp, block.norm_mlp(x), modulation))))
 
 
-def sparse_conv(features, weight, coords):
-    """The operator K of features [B, L, C]: scatter, convolve, gather. A convolution of the mask counts neighbours."""
+def sparse_conv(features, weight, coords, consistent=False):
+    """The operator K of features [B, L, C]: scatter, convolve, gather. A convolution of the mask counts neighbours.
+
+    The consistent estimate takes the centre tap out of the sum and adds it once.
+    """
     kh, kw, channels = weight.shape[:3]
     image = scatter(features, coords)
     present = scatter(torch.ones_like(features[:, :, :1]), coords)
@@ -105,7 +108,11 @@ def sparse_conv(features, weight, coords):
         total = F.conv2d(image, weight.permute(2, 0, 1)[:, None].contiguous(), padding=padding, groups=channels)
     else:
         total = F.conv2d(image, weight.permute(3, 2, 0, 1).contiguous(), padding=padding)
-    return gather(total / count.clamp(min=1), coords) * (kh * kw)
+    if not consistent:
+        return gather(total / count.clamp(min=1), coords) * (kh * kw)
+    tap = weight[kh // 2, kw // 2]
+    centre = features * tap if weight.dim() == 3 else features @ tap
+    return centre + (gather(total, coords) - centre) * (kh * kw - 1) / gather(count - 1, coords).clamp(min=1)
 
 
 def scatter(values, coords):

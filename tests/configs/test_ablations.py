@@ -11,7 +11,8 @@ from models.build import build_decoder, build_encoder
 from tests.tiny import tiny_config
 
 PUBLISHED = {"subsampling": ["1/1", "1/2", "1/4", "1/8"], "sampling_kind": ["uniform", "halton", "stratified"],
-             "kernel": ["depthwise", "full"], "mollifier": ["sigma 0", "sigma 0.5", "sigma 1", "sigma 2"],
+             "kernel": ["depthwise", "full"], "operator": ["paper", "consistent"],
+             "mollifier": ["sigma 0", "sigma 0.5", "sigma 1", "sigma 2"],
              "parameterisation": ["mollified_epsilon", "epsilon", "v", "xstart"], "neighbours": ["k 1", "k 3", "k 8"],
              "grid": ["conv", "spectral"], "encoder": ["encoder", "none"]}
 

@@ -32,13 +32,14 @@ def results(function, features, weight, coords):
     return out, *gradients(out, features, weight)[1:]
 
 
-def check_against_loops(function, features, weight, coords, tolerance):
+def check_against_loops(function, features, weight, coords, tolerance, consistent=False):
     """Check the largest errors of result and gradients, relative to their root mean squares. Returns all three."""
     out = function(features, weight, coords)
     grad, *ours = gradients(out, features, weight)
     arrays = [x.detach().double().cpu().numpy() for x in (features, weight)] + [coords.index.cpu().numpy(), coords.size]
     grad = grad.double().cpu().numpy()
-    expected = [reference.sparse_conv(*arrays), *reference.sparse_conv_gradients(*arrays, grad)]
+    expected = [reference.sparse_conv(*arrays, consistent),
+                *reference.sparse_conv_gradients(*arrays, grad, consistent)]
     for value, theirs in zip([out, *ours], map(torch.from_numpy, expected), strict=True):
         assert (value.double().cpu() - theirs).abs().max() <= tolerance * theirs.square().mean().sqrt()
     assert out.dtype == ours[0].dtype == features.dtype and ours[1].dtype == weight.dtype

@@ -19,7 +19,7 @@ def outputs_and_gradients(network, out):
 
 
 @pytest.mark.parametrize(("size", "share"), CASES)
-@pytest.mark.parametrize("model", [{}, {"depthwise_sparse": False, "knn_neighbours": 2}])
+@pytest.mark.parametrize("model", [{}, {"depthwise_sparse": False, "knn_neighbours": 2, "operator": "consistent"}])
 def test_they_agree_with_the_references_forward_and_backward(size, share, model):
     decoder, encoder = tiny_decoder(**model), tiny_encoder(**model)
     values, t, z, coords = draw(size=size, share=share)

@@ -67,7 +67,7 @@ def test_missing_backends_are_named(backend):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("nf", 12), ("time_emb_dim", 12), ("num_conv_blocks", 1), ("knn_neighbours", 1), ("depthwise_sparse", False),
-    ("kernel_size", 5), ("uno_res", 4), ("uno_base_channels", 12), ("uno_mults", (1, 1)),
+    ("kernel_size", 5), ("operator", "consistent"), ("uno_res", 4), ("uno_base_channels", 12), ("uno_mults", (1, 1)),
     ("uno_blocks_per_level", (1, 1)), ("uno_attn_resolutions", ()), ("uno_conv_type", "spectral"),
     ("learn_sigma", True),
 ])

@@ -48,7 +48,7 @@ def test_decoder_and_encoder(work, size, max_points, batch):
 
 
 @pytest.mark.parametrize("options", [
-    {"uno_res": 32, "uno_attn_resolutions": ()}, {"depthwise_sparse": False}, {"kernel_size": 1},
+    {"uno_res": 32, "uno_attn_resolutions": ()}, {"depthwise_sparse": False}, {"operator": "consistent"},
     {"backend": "torch_dense"}])
 def test_a_grid_finer_than_the_image_full_kernels_and_gradients(options):
     values, t, z, coords = inputs((24, 20), 1)

@@ -26,8 +26,8 @@ USABLE = [pytest.param(name, outputs, id=f"{name}-{kind}")
 needs_numba = pytest.mark.skipif("numba" not in available_backends(), reason="numba is not installed")
 
 
-def operator(backend):
-    return lambda features, weight, coords: sparse_conv(features, weight, coords, backend)
+def operator(backend, consistent=False):
+    return lambda features, weight, coords: sparse_conv(features, weight, coords, backend, consistent)
 
 
 @pytest.mark.parametrize(("backend", "outputs"), USABLE)
@@ -36,6 +36,42 @@ def test_forward_and_gradients_are_the_definition(backend, outputs, kernel_size)
     for number, size in enumerate(SIZES):
         for density, order in ORDERS[number % 2 :: 2]:
             check_against_loops(operator(backend), *draw(size, density, (*kernel_size, 3, *outputs), order), 1e-4)
+
+
+@pytest.mark.parametrize(("backend", "outputs"), USABLE)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_the_consistent_estimate_is_its_definition(backend, outputs, dtype, tolerance):
+    for density, order in (*ORDERS[:4], (0, "sorted")):  # the last one: one point, alone
+        problem = draw((7, 9), density, (5, 3, 3, *outputs), order, dtype)
+        check_against_loops(operator(backend, consistent=True), *problem, tolerance, consistent=True)
+    single = draw((7, 9), 1 / 2, (1, 1, 3, *outputs), "sorted")
+    check_against_loops(operator(backend, consistent=True), *single, 1e-4, consistent=True)
+
+
+@pytest.mark.parametrize("share", [1, 1 / 2, 1 / 4, 1 / 8])
+def test_every_tap_has_the_same_mean_weight_at_every_share_of_the_pixels(share):
+    """The mean response to one pixel over many subsets, at each point around it that is present."""
+    draws, size, generator = 4000, (13, 13), torch.Generator().manual_seed(0)
+    coords = Coordinates.random(draws, size, round(share * 169), generator=generator)
+    impulse = torch.zeros(draws, 1, *size)
+    impulse[:, :, 6, 6] = 1  # the windows of all its neighbours lie in the image
+    present = coords.scatter(torch.ones(draws, coords.num_points, 1)).sum(0)[0, 3:10, 3:10]
+
+    def response(consistent):
+        out = coords.scatter(sparse_conv(coords.gather(impulse), torch.ones(7, 7, 1), coords, consistent=consistent))
+        mean = out.sum(0)[0, 3:10, 3:10] / present
+        return mean, (out.square().sum(0)[0, 3:10, 3:10] / present - mean.square()).clamp(min=0).sqrt() / present.sqrt()
+
+    mean, error = response(consistent=True)
+    assert ((mean - 1).abs() <= 4 * error + 1e-5).all() and abs(mean.mean() - 1) < 0.05
+    assert response(consistent=False)[0][3, 3] >= 1 / (1 / 49 + share * 48 / 49) - 1e-5  # 1, 1.96, 3.77, 7.0
+
+
+def test_the_consistent_estimate_of_all_pixels_is_a_convolution_away_from_the_border():
+    features, weight, coords = draw((16, 12), 1, (5, 3, 4), "raster")
+    expected = F.conv2d(coords.scatter(features), weight.permute(2, 0, 1)[:, None], groups=4)
+    out = coords.scatter(sparse_conv(features, weight, coords, consistent=True))
+    torch.testing.assert_close(out[..., 2:-2, 1:-1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 32, 33])
