@@ -22,10 +22,9 @@ from utils.device import environment
 from utils.errors import UserError
 from utils.files import replacing, sync_folder
 
-FORMAT = 2
+FORMAT = 3  # raised when older checkpoints no longer mean the same networks
 MARK = b"\nblake2b "  # before the digest, 64 hexadecimal digits at the end of the file
 CHUNK = 1 << 24
-LATER_FIELDS = {"objective": "ddpm", "data_std": 0.5}  # fields that older checkpoints lack, as they were trained
 TRAINED_BY = {"autoencoder": "train_inf_ae_diffusion.py", "latent": "train_latent_diffusion.py"}  # by kind
 
 
@@ -92,8 +91,12 @@ def _new_digest():
 
 
 def load_checkpoint(path, kind=None):
-    """The content of a file of `save_checkpoint`, on the CPU. UserError if the file is missing or of another kind or
-    format; its subclass DamagedCheckpoint if it is damaged."""
+    """The content of a file of `save_checkpoint`. UserError if the file is missing or of another kind or format; its
+    subclass DamagedCheckpoint if it is damaged.
+
+    Tensors are on the CPU, mapped from the file: they take memory only when they are read, once for all ranks of a
+    machine, until the last of them is gone.
+    """
     path = Path(path)
     if path.is_dir():
         raise DamagedCheckpoint(f"{path} is a folder, not a checkpoint")
@@ -104,13 +107,16 @@ def load_checkpoint(path, kind=None):
                         f"run.experiment of the {where} to those of the training run")
     try:
         _check_digest(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")  # Windows locks the file
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint ({reason[:100]})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path} has checkpoint format {found}, this code reads format {FORMAT}")
+        commit = state.get("environment", {}).get("commit") if isinstance(state, dict) else ""
+        raise UserError(f"{path} has checkpoint format {found}, this code reads format {FORMAT}, because the networks "
+                        "have changed; train again in another run.experiment, or go back to the code that wrote it"
+                        + (f" (commit {commit})" if commit else ""))
     if kind is not None and state.get("kind") != kind:
         raise UserError(f"{path} holds a {state.get('kind')}, not a {kind}; check run.experiment")
     return state
@@ -178,7 +184,7 @@ def architecture_fields(config):
 def check_same_architecture(saved, current, path):
     """UserError naming the first field that differs between two configs (as dicts) and that a network depends on."""
     for section, name in architecture_fields(current):
-        before, value = saved.get(section, {}).get(name, LATER_FIELDS.get(name)), current[section][name]
+        before, value = saved.get(section, {}).get(name), current[section][name]
         if _plain(before) != _plain(value):
             other = "; another size is sampled with --sample_img_size" if name == "img_size" else ""
             raise UserError(f"{path} was trained with {section}.{name}={before!r}, the config has {value!r}; "
@@ -296,7 +302,7 @@ def to_host(value):
     return value
 
 
-WEIGHTS_FORMAT = "infty_diff 1"
+WEIGHTS_FORMAT = "infty_diff 2"  # raised with FORMAT
 _FACTS = "facts."
 _HEADER = ("kind", "step", "config", "environment")
 
@@ -332,7 +338,7 @@ def load_weights_file(path, kind):
         raise DamagedCheckpoint(f"{path} is not a readable file of weights ({error})") from error
     if metadata.get("written_by") != WEIGHTS_FORMAT:
         raise UserError(f"{path} was written by {metadata.get('written_by')}, this code reads {WEIGHTS_FORMAT}; "
-                        "make it with experiments/export_weights.py")
+                        "export it again with experiments/export_weights.py, from a run of this code")
     try:
         saved = {name: json.loads(metadata[name]) for name in (*_HEADER, "facts")}
     except (KeyError, ValueError) as error:

@@ -113,10 +113,11 @@ class Optimiser:
         self.adamw.load_state_dict(state["adamw"])
         for group, option in zip(self.adamw.param_groups, options, strict=True):
             group.update(option)
-        for parameter, moments in self.adamw.state.items():  # fused AdamW assumes that they share a memory layout
+        # Copied: fused AdamW needs the memory layout of the weights, and a checkpoint is mapped from its file.
+        for parameter, moments in self.adamw.state.items():
             for name, value in moments.items():
-                if value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(value)
+                moments[name] = (torch.empty_like(parameter) if value.shape == parameter.shape
+                                 else torch.empty_like(value)).copy_(value)
         if state["scaler"]:  # empty unless the run used float16
             self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.nonfinite, self.in_a_row = state["skipped"], state["nonfinite"], state["in_a_row"]

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed, rng
-from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights
+from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights, to_host
 from utils.config import run_dir, write_config
 from utils.device import autocast, peak_memory_gb, resolve_dtype
 from utils.errors import UserError
@@ -93,11 +93,11 @@ class Trainer:
         load_weights(self.ema.modules, saved["ema"], path)
         self.optimiser.load_state_dict(saved["optimiser"])
         for name, part in self.state.items():
-            part.load_state_dict(saved["state"][name])
+            part.load_state_dict(to_host(saved["state"][name]))  # copied, so that nothing keeps the file mapped
         self.step = saved["step"]
         self.saved = self.step if path == self.checkpoints.newest else None  # an older file if the newest is damaged
         self.seconds = saved["seconds"]
-        self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
+        self.sums = {name: value.to(self.device, copy=True) for name, value in saved["sums"].items()}
 
     def train(self, batches, validate, plot, plot_steps):
         """Train to train.max_steps. Log lines, checkpoints, validation and images come at their intervals and at the

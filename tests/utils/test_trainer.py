@@ -4,8 +4,10 @@ import functools
 import itertools
 import math
 import signal
+import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +126,22 @@ def test_options_of_the_optimiser_come_from_the_config_after_resuming(tmp_path):
     trainer.resume()
     assert trainer.optimiser.adamw.param_groups[0]["betas"] == (0.5, 0.99)
     assert trainer.optimiser.adamw.state  # the moments come from the checkpoint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_is_mapped_while_it_is_read_and_not_after_resuming(tmp_path):
+    """So that several ranks share its memory, and give it back."""
+    def is_mapped():
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    make_trainer(tmp_path, 3, train__plot_graph_steps=2).train()  # between two log lines: sums are saved as well
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = load_checkpoint(path)
+    assert is_mapped() and saved["sums"]
+    del saved
+    trainer = make_trainer(tmp_path, 4)
+    trainer.resume()
+    assert trainer.step == 3 and not is_mapped()
 
 
 @pytest.mark.parametrize("change, said", [

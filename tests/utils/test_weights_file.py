@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint import DamagedCheckpoint, load_weights_file, save_weights
+from utils.checkpoint import WEIGHTS_FORMAT, DamagedCheckpoint, load_weights_file, save_weights
 from utils.errors import UserError
 
 SAVED = {"kind": "latent", "step": 7, "config": {"model": {"z_dim": 6, "uno_mults": (1, 2)}}, "environment": {"a": "b"},
@@ -42,6 +42,6 @@ def test_what_is_no_such_file_is_one_line(tmp_path):
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(UserError, match="was written by None"):
         load_weights_file(path, "latent")
-    save_file({"a": torch.ones(1)}, path, {"written_by": "infty_diff 1", "kind": "la"})
+    save_file({"a": torch.ones(1)}, path, {"written_by": WEIGHTS_FORMAT, "kind": "la"})
     with pytest.raises(DamagedCheckpoint, match="in its header"):
         load_weights_file(path, "latent")
