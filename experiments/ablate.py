@@ -77,9 +77,9 @@ def main():
     variants = [make_variant(axis, name, changes) for axis in AXES.value
                 for name, changes in ablations.get_variants(axis, base).items()]
     configs = {variant.experiment: variant.config(base, output) for variant in variants}
-    network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
     heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
     check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value, SAMPLER.value)
+    network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
     check_settings(output / "settings.json", base)
     log_images(build_dataset(base, train=True), heldout.dataset)
 

@@ -202,6 +202,7 @@ ABLATE, COMPARE, REPORT, BENCHMARK = (f"experiments/{name}.py" for name in (
 PIXELS = "--input=dots has images of 1x1, fewer pixels than model.knn_neighbours=3; give larger ones"
 IS_FILE, IS_FOLDER = "ae.py' is not a folder; choose another folder", "--output=data is a folder; give the name of a"
 CONFIG = "--config=ae.py"
+TEN_STEPS = f"{CONFIG} --axes=encoder --steps=10"
 
 # mistakes that would otherwise show only after long work, or after something was written
 LATE = [
@@ -233,10 +234,10 @@ LATE = [
     (ABLATE, f"{CONFIG} --steps=10 --axes=", "--axes= is unknown; choose from encoder"),
     (ABLATE, f"{CONFIG} --minutes=nan", "--minutes=nan: it must be a finite number"),
     (ABLATE, f"{CONFIG} --minutes=inf", "--minutes=inf: it must be a finite number"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=21", "--sampling_steps=21 must lie"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.batch_size=77", "batch_size=77 is more than the"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.train.accumulation_steps=3", "must be a multiple of 3"),
-    (ABLATE, f"{CONFIG} --steps=10 --sampling_steps=3 --config.data.root_dir=dots --config.train.batch_size=1",
+    (ABLATE, f"{TEN_STEPS} --sampling_steps=21", "--sampling_steps=21 must lie"),
+    (ABLATE, f"{TEN_STEPS} --sampling_steps=3 --config.train.batch_size=77", "batch_size=77 is more than the"),
+    (ABLATE, f"{TEN_STEPS} --sampling_steps=3 --config.train.accumulation_steps=3", "must be a multiple of 3"),
+    (ABLATE, f"{TEN_STEPS} --sampling_steps=3 --config.data.root_dir=dots --config.train.batch_size=1",
      "1 held-out images are too few for a score; at least 4"),
 ]
 

@@ -66,18 +66,19 @@ def test_repeated_passes_do_not_accumulate_gradients(tmp_path, monkeypatch, stag
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
-def test_ten_steps_follow_those_of_the_reference(tmp_path, stage_1, precision, tolerance):
+@pytest.mark.parametrize(("precision", "tolerance"), [
+    ("fp32", 1e-3), pytest.param("bf16", 3e-2, marks=pytest.mark.slow)])
+def test_five_steps_follow_those_of_the_reference(tmp_path, stage_1, precision, tolerance):
     config = tiny_config(tmp_path)
     config.model.backend, config.model.uno_dropout, config.train.precision = "auto", 0.0, precision
     fast, slow = (benchmark_suites.make_trainer(stage_1, config, CPU, reference) for reference in (False, True))
     batches = [benchmark_suites.random_batches(config, CPU) for _ in range(2)]
     losses = []
-    for _ in range(10):
+    for _ in range(5):
         fast.sums = {}
         fast.training_step(batches[0])
         losses.append(fast.sums["loss"].item())
         assert losses[-1] == pytest.approx(slow.training_step(batches[1]), rel=tolerance)
-    assert len(set(losses)) == 10
+    assert len(set(losses)) == 5
     for ours, theirs in zip(fast.ema.modules.parameters(), slow.average, strict=True):
         assert (ours - theirs).abs().max() < 3e-4  # the first steps of Adam have one size whatever the gradient

@@ -38,6 +38,7 @@ def test_known_pixels_are_kept_and_unknown_pixels_filled(trained, tmp_path, mask
     assert scores["psnr_unknown"] < 40 and scores["seam"] > 0
 
 
+@pytest.mark.slow
 def test_consistency_and_guidance_fit_the_known_pixels(trained, tmp_path):
     fits = {name: inpaint(trained, tmp_path / name, "--sampling_steps=15", *flags)[1]["psnr_known"] for name, flags in (
         ("neither", ["--guidance=0", "--consistency=0"]), ("guidance", ["--guidance=1", "--consistency=0"]),
@@ -45,6 +46,7 @@ def test_consistency_and_guidance_fit_the_known_pixels(trained, tmp_path):
     assert fits["guidance"] > fits["neither"] + 0.5 and fits["consistency"] > fits["neither"] + 4
 
 
+@pytest.mark.slow
 def test_options_change_the_result_and_the_batch_size_does_not(trained, tmp_path):
     plain = inpaint(trained, tmp_path / "plain", "--num_samples=3")[0]["results"]
     assert len(plain) == 3

@@ -39,6 +39,7 @@ def test_pairs_of_images_and_directions_as_strips_sheets_and_animations(trained,
                for line in range(4))
 
 
+@pytest.mark.slow
 def test_inversion_leads_back_to_both_images_of_each_pair_and_noise_does_not(trained, tmp_path):
     flags = "--directions=0", "--sampling_steps=20"
     inverted, noise = (interpolate(trained, tmp_path / start, *flags, f"--start={start}")

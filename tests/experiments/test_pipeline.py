@@ -47,16 +47,18 @@ def test_a_run_folder_holds_what_it_should(trained):
     ["diffusion.multiscale_loss=True", "diffusion.multiscale_max_img_size=8", "model.uno_conv_type=spectral",
      "mc_integral.type=stratified", "diffusion.schedule_sampler=loss-second-moment"],
 ])
+@pytest.mark.slow
 def test_stage_1_trains_with_every_option(trained, tmp_path, overrides):
     result = run_script(STAGE_1, *trained[1], f"--config.run.output_dir={tmp_path}", "--config.train.max_steps=2",
                         *(f"--config.{override}" for override in overrides))
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_the_bar_counts_the_sampling_steps_of_the_pictures(trained):
     for stage, arguments in ((STAGE_1, trained[1]), (STAGE_2, trained[2])):
         overrides = f"--config.run.experiment=pictures_{stage}", "--config.train.max_steps=1"
-        assert "40 of 40 sampling steps" in run_script(stage, *arguments, *overrides).err
+        assert "sampling images, step 40 of 40" in run_script(stage, *arguments, *overrides).err
 
 
 def test_latents_cover_the_mirror_images_and_are_standardised(trained):
@@ -87,6 +89,7 @@ def test_a_step_of_stage_2_draws_steps_and_normal_noise_for_its_own_samples(trai
     assert noise.mean().abs() < 0.1 and abs(noise.std() - 1) < 0.1 and abs(noise.pow(4).mean() - 3) < 0.6
 
 
+@pytest.mark.slow
 def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_path):
     folder, single, both = trained
     checkpoints = tmp_path / "checkpoints"
@@ -136,6 +139,7 @@ def test_samples_at_any_size(trained, tmp_path, size, shape):
     assert images["00000.png"].shape == shape
 
 
+@pytest.mark.slow
 def test_less_memory_gives_the_same_images(trained, tmp_path):
     """One image after another at 400 points, in parts at 250."""
     for size in ("16", "20x24"):
@@ -147,6 +151,7 @@ def test_less_memory_gives_the_same_images(trained, tmp_path):
                 assert (image.int() - less[name].int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_a_window_of_a_large_image(trained, tmp_path):
     whole = sample(trained[2], tmp_path / "whole", "--num_samples=2", "--sample_img_size=32x24")
     for words in (["--window", "0", "0.25", "0.5", "0.7"], ["--window=0,0.25,0.5,0.7"]):
@@ -159,6 +164,7 @@ def test_a_window_of_a_large_image(trained, tmp_path):
     assert "holds images made with window=None" in only_line(result)
 
 
+@pytest.mark.slow
 def test_samplers_and_eta(trained, tmp_path, monkeypatch):
     plain = sample(trained[2], tmp_path / "ddim", "--num_samples=1")
     for name, *flags in (("ddpm", "--sampler=ddpm"), ("eta", "--eta=1"),
@@ -210,6 +216,7 @@ def test_exported_weights_replace_the_checkpoints_in_every_script(trained, tmp_p
         run_script(RECONS, *single, moved[0], "--sampling_steps=2"))
 
 
+@pytest.mark.slow
 def test_the_best_or_the_newest_is_exported(trained, tmp_path):
     for config, run, name in ((trained[1][1], "tiny", "checkpoint.pt"),
                               (trained[2][1], "tiny_sampler", "latent_checkpoint.pt")):
@@ -222,6 +229,7 @@ def test_the_best_or_the_newest_is_exported(trained, tmp_path):
     assert "must end with .safetensors" in only_line(run_script(EXPORT, "--config", config, "--output=w.pt"))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(trained, tmp_path):
     folder, single, _ = trained
     run = tmp_path / "checkpoints" / "tiny"

@@ -60,6 +60,7 @@ def make_page(page, *arguments):
     return text, result.out
 
 
+@pytest.mark.slow
 def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
     text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
     assert "2 folders of samples, 1 of reconstructions, 3 of applications, 2 scores" in out
@@ -76,6 +77,7 @@ def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
     assert "4 steps in" in text and "<td>torch</td>" in text and "<td>machine</td>" in text
 
 
+@pytest.mark.slow
 def test_the_search_for_copies_is_limited_or_left_out(trained, made, tmp_path):
     text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--search=10")
     assert "nearest of 10 of the 76 training images" in text
@@ -83,6 +85,7 @@ def test_the_search_for_copies_is_limited_or_left_out(trained, made, tmp_path):
     assert "Nearest training images" not in headings(text)
 
 
+@pytest.mark.slow
 def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
     text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
     settings = made / "samples_4x" / "settings.json"
@@ -94,6 +97,7 @@ def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
     assert re.findall("<figcaption>samples of ([^ ]*) [^<]*; MADE BY ANOTHER CHECKPOINT", other) == ["64x64"]
 
 
+@pytest.mark.slow
 def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = "--config.train.max_steps=2", "--config.optimizer.warmup_steps=1", "--config.model.nf=4"
@@ -111,6 +115,7 @@ def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(train
     assert "small diffusion model over its latents" not in text
 
 
+@pytest.mark.slow
 def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_script(SAMPLES, *trained[2], "--num_samples=2", "--sampling_steps=2").code == 0
@@ -126,6 +131,7 @@ def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkey
     assert "<figcaption>inpainting/tiny_half, 2 steps: grid</figcaption>" in text and "psnr unknown " in text
 
 
+@pytest.mark.slow
 def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, made, tmp_path):
     folder, single, _ = trained
     shutil.copytree(made / "inpaint", tmp_path / "inpaint")
@@ -149,6 +155,7 @@ FOREIGN = {  # file name: contents that other programs, or an editor, may leave
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_files_of_other_origin_are_left_out(trained, made, tmp_path):
     shutil.copytree(made / "recons", tmp_path / "recons")
     shutil.copy(made / "noise_scores.json", tmp_path)
@@ -162,6 +169,7 @@ def test_files_of_other_origin_are_left_out(trained, made, tmp_path):
     assert "1 scores" in out and "Protocol of" in text
 
 
+@pytest.mark.slow
 def test_damaged_images_are_left_out(trained, made, tmp_path, caplog):
     folder = tmp_path / "made"
     shutil.copytree(made, folder)

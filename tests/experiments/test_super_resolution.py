@@ -69,6 +69,7 @@ def test_a_folder_of_small_images_has_no_truth(flags, tmp_path):
     assert scores["methods"]["consistent"]["consistency_psnr"] > 50
 
 
+@pytest.mark.slow
 def test_options_change_what_they_should(flags, tmp_path):
     first, _ = enlarge(flags, tmp_path / "first", "--num_samples=3", "--config.train.sample_size=2")
     again, _ = enlarge(flags, tmp_path / "again", "--num_samples=3", "--config.train.sample_size=3",

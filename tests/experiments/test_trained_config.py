@@ -6,6 +6,7 @@ from tests.data.layouts import write_folder
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 
+pytestmark = pytest.mark.slow
 TRAINED_WITH = ("nf=4", "uno_mults=(2,2)", "z_dim=5")
 
 
