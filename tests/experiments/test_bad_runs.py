@@ -83,7 +83,7 @@ SPOILED = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "is not a readable checkpoint"),
     "a folder": (folder_instead, "checkpoint.pt is a folder, not a checkpoint; restore it, or start again"),
     "of the other stage": (put("tiny_sampler/latent_checkpoint.pt"), "holds a latent, not a autoencoder; check run"),
-    "of another version": (change(format=1), f"has checkpoint format 1, this code reads format {FORMAT}, because the networks"),
+    "of another version": (change(format=1), f"format 1, this code reads format {FORMAT}, because the networks"),
     "of the future": (change(format=99), f"has checkpoint format 99, this code reads format {FORMAT}"),
     "no dictionary": (lambda path: torch.save([1], path), "is not a readable checkpoint"),
     "a pickle that runs code": (malicious, "is not a readable checkpoint"),
