@@ -65,6 +65,10 @@ class Spectrum:
         principal = torch.einsum("cdhw,bchw->bdhw", self.vectors, dct(image))
         return idct(torch.einsum("cdhw,bdhw->bchw", self.vectors, function(self.values) * principal))
 
+    def apply_covariance(self, image):
+        """The covariance of the images, times images [B, C, H, W]."""
+        return self.apply(lambda values: values, image)
+
 
 class PosteriorDenoiser:
     """A Denoiser with the estimate E[T x_0 | x_t, y], for any sampler.
@@ -111,13 +115,17 @@ class PosteriorDenoiser:
         def remaining(variance):
             return variance * noise / (signal * variance + noise)
 
-        def data_covariance(v):
-            image = self.operator.A_adjoint(v)
-            return self.operator.A(spectrum.apply(remaining, image)) + self.operator.noise**2 * v
-
         residual = self.data - self.operator.A(self.mollifier.sharpen(tx0))
-        weights = conjugate_gradients(data_covariance, residual, tolerance=self.tolerance)
-        return self.mollifier.blur(spectrum.apply(remaining, self.operator.A_adjoint(weights)))
+        return self.mollifier.blur(gaussian_update(
+            self.operator, residual, lambda image: spectrum.apply(remaining, image), self.tolerance))
+
+
+def gaussian_update(operator, residual, covariance, tolerance=1e-4):
+    """C A* (A C A* + s²)⁻¹ residual, for a function `covariance` that applies C; residual like operator.A's result."""
+    def data_covariance(v):
+        return operator.A(covariance(operator.A_adjoint(v))) + operator.noise**2 * v
+
+    return covariance(operator.A_adjoint(conjugate_gradients(data_covariance, residual, tolerance=tolerance)))
 
 
 def dct(image):

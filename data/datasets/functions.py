@@ -76,12 +76,13 @@ def pixel_centres(size):
 
 
 @functools.cache
-def load_function(path):
+def load_function(path, field="data.function"):
     """The callable at "module:attribute" or "package.module.attribute". The module is imported, so its code runs.
 
+    field   the field or flag that holds the path, for messages
     Raises UserError if there is no such callable.
     """
-    where = f"data.function={path!r}"
+    where = f"{field}={path!r}"
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not module or not attribute:
         raise UserError(f"{where} must be module:attribute, the name of a callable such as "
@@ -98,7 +99,7 @@ def load_function(path):
                                                                        "; give module:attribute"))
         found = getattr(found, name)
     if not callable(found):
-        raise UserError(f"{where} is of type {type(found).__name__}; it must be a callable f(positions, index)")
+        raise UserError(f"{where} is of type {type(found).__name__}; it must be a callable")
     return found
 
 

@@ -141,7 +141,7 @@ MISTAKES = [
     ("leaving_functions:f", "cannot be imported (SystemExit"),
     ("some_functions:wav", "has no 'wav'; did you mean 'wave'?"),
     ("some_functions:Sum.nothing", "has no 'nothing'"),
-    ("some_functions:number", "is of type int; it must be a callable f(positions, index)"),
+    ("some_functions:number", "is of type int; it must be a callable"),
     ("some_functions:flat", "returned torch.float32 [6, 8] for positions [6, 8, 2]; it must return real"),
     ("some_functions:grey", "real values [6, 8, 3], the last dimension being data.channels"),
     ("some_functions:first", "returned torch.float32 [3, 6, 8]"),

@@ -1,0 +1,170 @@
+"""Solve linear inverse problems y = A x + n by posterior samples (docs/inverse_problems.md).
+
+    python experiments/inverse_problem.py --config configs/random_fields_config.py --operator points:31 --noise 0.05
+
+The images x are held out, or those of --input. z is a sample with --latent_config, else the encoding of the linear
+estimate of x. Writes <output>/originals, backprojected (A⁺y), means, deviations (white is the largest of an image),
+samples (sample p of image i has the number i · num_posterior_samples + p), grid.png and scores.json. Image i is a
+function of run.seed and i. The same command resumes an interrupted run.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from absl import flags
+
+from data.datasets import build_dataset
+from data.datasets.base import spread
+from data.loader import to_float
+from diffusion.guidance import Constraint, guided_ddim
+from diffusion.operators import pseudo_inverse
+from diffusion.posterior import PosteriorDenoiser, Spectrum, gaussian_update
+from diffusion.samplers import FIRST_ORDER, sample
+from diffusion.sampling import images_at_once
+from experiments.lib.applications import latent_sampler, open_folders, read_images, save_batch, write_grid, write_scores
+from experiments.lib.common_flags import (
+    float_flag,
+    input_flag,
+    inv_snr_flag,
+    max_points_flag,
+    sampler_flag,
+    size_flag,
+    steps_flag,
+)
+from experiments.lib.operators import FORMS, build_operator
+from experiments.lib.sampling import TrainedAutoencoder
+from utils import cli, config, rng
+from utils.errors import UserError
+
+CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
+LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: sample z from its model")
+OPERATOR = flags.DEFINE_string("operator", "points:31", f"what is measured: {FORMS}, joined by +; @N after one: of "
+                               "channel N")
+NOISE = float_flag("noise", 0.05, "standard deviation of the noise in the data; images lie in [-1, 1]", low=1e-4)
+RULE = flags.DEFINE_enum("rule", "posterior", ("posterior", "guidance"), "posterior: the covariance of the training "
+                         "data; guidance: the gradient of the misfit, by DDIM")
+GUIDANCE = float_flag("guidance", 1.0, "lambda of --rule guidance", high=1e6)
+POSTERIOR_SAMPLES = flags.DEFINE_integer("num_posterior_samples", 16, "samples for each image", lower_bound=2)
+SAMPLER, STEPS = sampler_flag(), steps_flag()
+SIZE = size_flag("held-out images")
+INPUT = input_flag()
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 4, "largest number of images", lower_bound=1)
+ARRAYS = flags.DEFINE_bool("save_npy", False, "write data, mean, deviation and samples as <output>/arrays/00000_*.npy")
+INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
+OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: inverse_problems/<experiment>")
+SPECTRUM_IMAGES = 512  # training images that the covariance is estimated from
+
+
+def main():
+    cfg = config.read_trained_autoencoder_config(CONFIG)
+    sampler = SAMPLER.value
+    if RULE.value == "guidance":
+        if sampler:
+            raise UserError(f"--sampler={sampler} does not apply to --rule=guidance; leave it out")
+        sampler = FIRST_ORDER[cfg.diffusion.objective]
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, sampler, MAX_POINTS.value, inv_snr=INV_SNR.value)
+    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
+    images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
+    total, *image_shape = images.shape
+    size, count = image_shape[1:], POSTERIOR_SAMPLES.value
+    autoencoder.check_size(size)
+    build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, 0, autoencoder.device)  # mistakes show here
+    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
+
+    output = Path(OUTPUT.value or f"inverse_problems/{cfg.run.experiment}")
+    settings = {**origin, "size": size, "operator": OPERATOR.value, "noise": NOISE.value, "rule": RULE.value,
+                "guidance": GUIDANCE.value, "posterior_samples": count, "sampler": autoencoder.sampler,
+                "steps": autoencoder.steps, "seed": cfg.run.seed, "inv_snr": INV_SNR.value,
+                "decoder": autoencoder.identity, "latent_model": latent_model}
+    names = ("originals", "backprojected", "means", "deviations")
+    folders = open_folders(output, {**dict.fromkeys(names, total), "samples": total * count}, settings)
+    samples_folder = folders.pop("samples")
+    mean, spectrum = training_statistics(cfg, size, autoencoder.device)
+
+    for (index,), progress in folders["deviations"].missing_batches(1, autoencoder.steps, folders.values()):
+        truth = to_float(images[index])[None].to(autoencoder.device)
+        operator = build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, index, autoencoder.device)
+        clean = operator.A(truth)
+        noise = rng.randn(clean.shape, autoencoder.generators([index], "measurement"), autoencoder.device)
+        data = clean + operator.noise * noise
+        if autoencoder.encoder is None:
+            z = truth.new_zeros(count, 0)
+        elif draw_latents:
+            z = draw_latents(range(index * count, (index + 1) * count))
+        else:
+            correction = gaussian_update(operator, data - operator.A(mean), spectrum.apply_covariance)
+            z = autoencoder.encode((mean + correction).clamp(-1, 1)).expand(count, -1)
+        samples = solve(autoencoder, z, operator, data, spectrum, size, index, progress)
+        places = [index * count + place for place in range(count)]
+        deviation = samples.std(0, keepdim=True)
+        samples_folder.save(places, samples)
+        if ARRAYS.value:
+            save_arrays(output / "arrays", index, data=data, mean=samples.mean(0), deviation=deviation[0],
+                        samples=samples)
+        save_batch(folders, [index], {
+            "originals": truth, "backprojected": pseudo_inverse(operator, data).clamp(-1, 1),
+            "means": samples.mean(0, keepdim=True), "deviations": 2 * deviation / deviation.max().clamp(min=1e-6) - 1})
+
+    scores = score(folders["originals"].load(), samples_folder.load().unflatten(0, (total, count)))
+    write_scores(output, scores, settings, cfg)
+    write_grid(output, folders)
+    print(f"{total} images, {count} samples each: error of the mean {scores['error']:.4f}, standard deviation of the "
+          f"samples {scores['deviation']:.4f}, truth within two of them {scores['coverage']:.0%}; images in {output}")
+
+
+def training_statistics(cfg, size, device):
+    """(mean colour [1, C, 1, 1] as an image of `size`, Spectrum at `size`) of the training data."""
+    dataset = build_dataset(cfg, train=True)
+    images = to_float(torch.stack([dataset[index] for index in spread(len(dataset), SPECTRUM_IMAGES)]))
+    mean = images.mean((0, 2, 3)).view(1, -1, 1, 1).expand(-1, -1, *size).to(device)
+    return mean, Spectrum.of_images(images).at(size).to(mean)
+
+
+def solve(autoencoder, z, operator, data, spectrum, size, index, progress):
+    """Posterior samples [P, C, H, W] of image `index`, one per latent of z [P, Z]."""
+    samples, diffusion = [], autoencoder.diffusion
+    indices = range(index * len(z), (index + 1) * len(z))
+    at_once = images_at_once(autoencoder.cfg.train.sample_size, size, autoencoder.max_points)
+    for first in range(0, len(z), at_once):
+        latents = z[first:first + at_once]
+        generators = autoencoder.generators(indices[first:first + at_once], "posterior")
+        repeated = data.expand(len(latents), *data.shape[1:])
+
+        def path(denoise, x, repeated=repeated, generators=generators):
+            if RULE.value == "guidance":
+                constraint = Constraint(operator, repeated, diffusion.mollifier)
+                return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, generator=generators)
+            return sample(PosteriorDenoiser(denoise, diffusion, operator, repeated, spectrum), x, diffusion, generators)
+
+        share = len(latents) / len(z)
+        samples.append(autoencoder.decode(latents, size, generators=generators, path=path,
+                                          progress=lambda done, share=share: progress(done * share)))
+    return torch.cat(samples)
+
+
+def save_arrays(folder, index, **arrays):
+    """Write <folder>/<index>_<name>.npy for every array."""
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{index:05d}_{name}.npy", array.cpu().numpy())
+
+
+def score(truth, samples):
+    """Scores of samples [N, P, C, H, W] against the truth [N, C, H, W].
+
+    error       root mean square of mean − truth
+    deviation   root mean square of the samples' standard deviations
+    coverage    share of the true values within two standard deviations of the mean
+    """
+    error, deviation = samples.mean(1) - truth, samples.std(1)
+    return {"count": len(truth), "error": error.square().mean().sqrt().item(),
+            "deviation": deviation.square().mean().sqrt().item(),
+            "coverage": (error.abs() <= 2 * deviation).double().mean().item()}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,105 @@
+"""Inverse problems as a user solves them, on a tiny model."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from data.images import read_image
+from diffusion.operators import Mask
+from experiments.lib.operators import build_operator
+from tests.scripts import only_line, run_script
+from utils.errors import UserError
+
+SCRIPT = "experiments/inverse_problem.py"
+FEW = ("--num_samples=1", "--num_posterior_samples=3", "--sampling_steps=3")
+
+
+def solve(trained, output, *flags):
+    """scores.json of a run."""
+    result = run_script(SCRIPT, *trained[1], *FEW, "--output", output, *flags)
+    assert result.code == 0, result.err
+    return json.loads((output / "scores.json").read_text())
+
+
+def test_the_results_and_their_arrays(trained, tmp_path):
+    scores = solve(trained, tmp_path / "o", "--operator=downsampling:8+points:5@1", "--save_npy")
+    assert scores["count"] == 1 and scores["deviation"] > 0 and 0 <= scores["coverage"] <= 1
+    for name in ("originals", "backprojected", "means", "deviations", "samples"):
+        assert len(list((tmp_path / "o" / name).glob("*.png"))) == (3 if name == "samples" else 1)
+    samples, mean, deviation, data = (np.load(tmp_path / "o" / "arrays" / f"00000_{name}.npy")
+                                      for name in ("samples", "mean", "deviation", "data"))
+    assert samples.shape == (3, 3, 16, 16) and data.shape == (1, 3 * 8 * 8 + 5)
+    np.testing.assert_allclose(samples.mean(0), mean, atol=1e-6)
+    np.testing.assert_allclose(samples.std(0, ddof=1), deviation, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_each_rule_fits_the_data_even_of_a_network_that_has_learned_nothing(trained, tmp_path):
+    """Of the 8² values that are measured of 16² pixels; without a rule the error is far larger than the noise."""
+    def misfit(name, *flags):
+        solve(trained, tmp_path / name, "--operator=downsampling:8", "--noise=0.02", "--sampling_steps=15",
+              "--save_npy", *flags)
+        data, samples = (torch.from_numpy(np.load(tmp_path / name / "arrays" / f"00000_{part}.npy"))
+                         for part in ("data", "samples"))
+        operator = build_operator("downsampling:8", (3, 16, 16), 0.02, 0, 0, "cpu")
+        return (operator.A(samples) - data).square().mean().sqrt()
+
+    nothing = misfit("nothing", "--rule=guidance", "--guidance=0")
+    assert misfit("posterior") < 0.5 * nothing
+    assert misfit("guidance", "--rule=guidance") < 0.9 * nothing
+
+
+@pytest.mark.slow
+def test_the_batch_does_not_matter_and_another_resolution_works(trained, tmp_path):
+    for name, *flags in (("a",), ("b", "--config.train.sample_size=1"), ("c", "--sample_img_size=18x20")):
+        solve(trained, tmp_path / name, "--operator=points:9", *flags)
+    first, second, other = (read_image(tmp_path / name / "means" / "00000.png").int() for name in "abc")
+    assert (first - second).abs().max() <= 1 and other.shape == (3, 18, 20)
+
+
+def test_an_operator_of_a_user(monkeypatch):
+    module = types.ModuleType("my_operators")
+
+    class Half(Mask):
+        def __init__(self, image_shape, noise):
+            super().__init__(torch.arange(image_shape[-1]) < image_shape[-1] // 2, noise)
+
+    class Wrong(Half):
+        def A_adjoint(self, data):
+            return 2 * data
+
+    module.Half, module.Wrong, module.Nothing = Half, Wrong, lambda image_shape, noise: None
+    monkeypatch.setitem(sys.modules, "my_operators", module)
+    operator = build_operator("my_operators:Half", (3, 4, 6), 0.1, 0, 0, "cpu")
+    assert operator.A(torch.ones(1, 3, 4, 6)).sum() == 3 * 4 * 3 and operator.noise == 0.1
+    for name, message in (("Wrong", "A_adjoint is not the adjoint of A"), ("Nothing", "without A and A_adjoint"),
+                          ("Absent", "has no 'Absent'")):
+        with pytest.raises(UserError, match=message):
+            build_operator(f"my_operators:{name}", (3, 4, 6), 0.1, 0, 0, "cpu")
+
+
+@pytest.mark.parametrize("text", ["points", "points:0", "downsampling:17", "mask:2", "mask:x", "blur:nan", "nothing",
+                                  "points:3@3", "points:3@x", "points:3+", ""])
+def test_an_operator_that_cannot_be_is_one_line(text):
+    with pytest.raises(UserError, match=f"--operator={text.replace('+', '.')}"):
+        build_operator(text, (3, 16, 16), 0.1, 0, 0, "cpu")
+
+
+@pytest.mark.parametrize("text", ["mask:0.03", "mask:strokes", "blur:0.02", "projections:8"])
+def test_random_operators_depend_on_the_image_alone(text):
+    image = torch.rand(1, 2, 16, 18)
+    first, again, other = (build_operator(text, (2, 16, 18), 0.1, 0, index, "cpu").A(image) for index in (0, 0, 1))
+    assert torch.equal(first, again) and torch.equal(first, other) == (not text.startswith("mask"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--operator=points:x"], "--operator=points:x"), (["--noise=0"], "noise"),
+    (["--rule=guidance", "--sampler=ddim"], "--sampler=ddim does not apply")])
+def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in only_line(run_script(SCRIPT, *trained[1], *FEW, *flags))
+    assert not list(tmp_path.iterdir())
