@@ -91,9 +91,7 @@ def main():
         clean = operator.A(truth)
         noise = rng.randn(clean.shape, autoencoder.generators([index], "measurement"), autoencoder.device)
         data = clean + operator.noise * noise
-        if autoencoder.encoder is None:
-            z = truth.new_zeros(count, 0)
-        elif draw_latents:
+        if draw_latents:
             z = draw_latents(range(index * count, (index + 1) * count))
         else:
             correction = gaussian_update(operator, data - operator.A(mean), spectrum.apply_covariance)
