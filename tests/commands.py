@@ -1,4 +1,4 @@
-"""Commands of Markdown texts: found in their code blocks, and made so small that a test can run them."""
+"""Find the commands of Markdown pages, and shrink them so that a test can run them."""
 
 import re
 import runpy
@@ -42,13 +42,13 @@ SMALL = {  # script -> flags that make it quick
     "experiments/report.py": {},
     "experiments/spectrum.py": {},
 }
-SIZES = {"sample_img_size": 32, "input_img_size": 16}  # where they are given
-READ = ("samples", "reference", "real", "input", "folder")  # flags that name folders of images, which are made
-PARSED = ("experiments/benchmark.py", "experiments/ablate.py")  # slow, with tests of their own
+SIZES = {"sample_img_size": 32, "input_img_size": 16}  # replace those of a command
+READ = ("samples", "reference", "real", "input", "folder")  # flags whose folders are filled with images
+PARSED = ("experiments/benchmark.py", "experiments/ablate.py")  # slow, and tested elsewhere
 
 
 class Block(NamedTuple):
-    """A code block: where it is (file:line), its language ("" where it has none), and its text."""
+    """A code block: its place (file:line), its language or "", and its text."""
 
     place: str
     language: str
@@ -64,7 +64,7 @@ def blocks(path):
 
 
 def commands(path):
-    """(place, command) of every line of the code blocks without a language, and of whole commands within the text."""
+    """(place, command) for every line of code blocks without a language, and for whole commands within the text."""
     for block in blocks(path):
         if block.language == "":
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -75,10 +75,8 @@ def commands(path):
 
 
 def words_of(command):
-    """A command of one of the project's scripts as words, the script first. AssertionError for any other.
-
-    torchrun's own flags are read by its parser, and left out.
-    """
+    """The words of a command of one of the project's scripts, without torchrun and its flags. AssertionError for any
+    other command."""
     program, *words = shlex.split(command)
     if program == "torchrun":
         parsed = get_args_parser().parse_args(words)
@@ -97,7 +95,7 @@ def make_commands(target):
 
 
 def flag(words, name):
-    """Value of the last --name, None where it is not given."""
+    """Value of the last --name, or None."""
     value = None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == f"--{name}":
@@ -108,7 +106,7 @@ def flag(words, name):
 
 
 class Shrunk:
-    """Runs commands in an empty folder, with small models that are trained there when a command needs them."""
+    """Runs commands in an empty folder. Small models are trained there when a command needs them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -116,7 +114,7 @@ class Shrunk:
         write_folder(folder / "images", 160, width=64, height=64)  # of which 8 are held out
 
     def run(self, command):
-        """Result of a command. The process's folder has to be this one."""
+        """Result of a command. The working directory must be this folder."""
         script, *words = words_of(command)
         words = [self.config_path(word) for word in words]
         if script in PARSED:
@@ -137,14 +135,14 @@ class Shrunk:
         return run_script(script, *words, *self.small(words), *(f"--{name}={more[name]}" for name in more))
 
     def config_path(self, word):
-        """A word with the path of a config made absolute: one of this folder, or else of the project."""
+        """The word with an absolute path of a config, of this folder or else of the project."""
         def absolute(match):
             return str(next(root for root in (self.folder, ROOT) if (root / match[0]).is_file()) / match[0])
 
         return re.sub(r"(?:(?<=^)|(?<==))configs/\w+\.py$", absolute, word)
 
     def small(self, words):
-        """Fields that make the configs among the words small."""
+        """Flags that shrink the configs among the words."""
         for name in ("config", "decoder_config", "latent_config"):
             path = flag(words, name)
             if path is not None and "latent" in Path(path).name:
@@ -156,7 +154,7 @@ class Shrunk:
                 yield from (f"--{name}.{field}={value}" for field, value in fields.items())
 
     def train_what_is_needed(self, script, words):
-        """Train the autoencoder, and the latent model, that the configs of a command are of."""
+        """Train the models that a command needs, by its configs."""
         if script in (STAGE_1, "data/prepare.py"):
             return
         given = {name: [f"--{name}={flag(words, name)}"] + [word for word in words if word.startswith(f"--{name}.")]
@@ -173,7 +171,7 @@ class Shrunk:
                        again=False)
 
     def train(self, script, words, again=True):
-        """Result of a training command; where it was run before, in a fresh folder, or not at all."""
+        """Result of a training command. A repeated command runs in another folder, or not at all."""
         key = (script, *words)
         if key in self.runs and not again:
             return self.runs[key]
@@ -189,7 +187,7 @@ class Shrunk:
         return result
 
     def make_images(self, folders):
-        """Pictures in each of the folders that are not there yet, larger in those of larger samples."""
+        """Fill each missing folder with images, larger ones in folders of larger samples."""
         for name in folders.split(",") if folders else ():
             if not (self.folder / name).exists():
                 side = 32 if re.search("[24]x", name) else 16
@@ -197,7 +195,7 @@ class Shrunk:
 
 
 def parse(script, words):
-    """Result of a script that only reads its flags and config files."""
+    """Result of a script of which only the flags and config files are read."""
     def only_parse(main, shared=False, several=()):
         run(lambda: None, shared, several)
 

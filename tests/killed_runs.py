@@ -1,10 +1,10 @@
-"""Training runs that are killed, each in a process forked from this one: importing torch for each would take seconds.
+"""Training runs that are killed, each in a process forked from this one, which saves the import of torch.
 
-    python -m tests.killed_runs <file of jobs, JSON>
+    python -m tests.killed_runs <JSON file of jobs>
 
 A job is {"command": [script, argument, ...], "kill_at": step or null, "signals": {step: [name, ...]}, "record": file}.
-At the beginning of the step `kill_at` the process gets SIGKILL. Signals go to it and to its workers, as those of a
-terminal or a scheduler do. What was drawn for every step goes to the record.
+The process gets SIGKILL at the beginning of the step `kill_at`. It and its workers get the signals, as from a terminal
+or a scheduler. A digest of the draws of every step goes to the record.
 Prints the exit codes, negative for signals, and the end of each process's stderr.
 """
 
@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-import data.latents  # noqa: F401  # what the scripts need: imported once, not by every process
+import data.latents  # noqa: F401  # imported here once, instead of by every process
 import diffusion.sampling  # noqa: F401
 import models.load  # noqa: F401
 from data.coordinates import Coordinates
@@ -48,7 +48,7 @@ def main():
 
 
 def instrument(job):
-    """Have this process record its draws, and get its signals."""
+    """Patch the trainer so that this process records its draws and receives its signals."""
     training_step, training_losses = Trainer.training_step, GaussianDiffusion.training_losses
     random, step, drawn = Coordinates.random, [None], []
 
@@ -58,7 +58,7 @@ def instrument(job):
 
     def step_with_signals(trainer, batch):
         if trainer.step == job.get("kill_at"):
-            trainer.checkpoints.wait()  # so that it is known where the run goes on
+            trainer.checkpoints.wait()  # so that the step it resumes from is known
             os.kill(os.getpid(), signal.SIGKILL)
         for name in job.get("signals", {}).get(str(trainer.step), []):
             os.killpg(0, getattr(signal, name))

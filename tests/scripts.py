@@ -1,9 +1,11 @@
-"""Running the project's scripts as a user does, but within the test process: importing torch anew takes seconds."""
+"""Run the project's scripts as a user does: in the test process, which saves the import of torch, or by torchrun."""
 
 import contextlib
 import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ class Result(NamedTuple):
 
 
 def run_script(script, *arguments, out=None):
-    """Result of `python <script> <arguments>` from the project's root; an exception it does not handle is raised.
+    """Result of `python <script> <arguments>` from the project's root. Raises what the script does not handle.
 
     out   a text stream for stdout, by default an io.StringIO
     """
@@ -38,9 +40,9 @@ def run_script(script, *arguments, out=None):
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
-        # config files, which ml_collections would load into the existing module, and a script whose flags are gone
-        for name in [name for name in sys.modules if name.endswith("_config") or name == "train_inf_ae_diffusion"]:
-            del sys.modules[name]
+        for name in list(sys.modules):  # a config would be loaded into the existing module; a script has lost its flags
+            if name.endswith("_config") and "." not in name or name == "train_inf_ae_diffusion":
+                del sys.modules[name]
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -55,8 +57,8 @@ def only_line(result):
 def refused(folder, *command, may_write=()):
     """The one line with which a script refuses a user's mistake; AssertionError if it did anything else.
 
-    All files below `folder` have to be as they were, but for new ones called as in may_write, which are those of a run
-    that had begun when the mistake was found; its bar of progress and a warning may then stand before the line.
+    All files below `folder` must be unchanged. New files may have the names in may_write: those of a run that had begun
+    when the mistake was found, and whose progress bar and warnings may precede the line.
     """
     before = contents(folder)
     result = run_script(*command)
@@ -71,3 +73,18 @@ def refused(folder, *command, may_write=()):
 def contents(folder):
     """{path: bytes} of all files below a folder, with None for folders."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+def torchrun(script, *arguments, processes=2):
+    """Result of `torchrun --nproc_per_node=<processes> <script> <arguments>` from the project's root."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def own_lines(result):
+    """(what the processes wrote to stderr, line by line; what torchrun said about a failure)."""
+    own, report = re.split(r"^[WE]\d{4} .*torch/distributed", result.err, maxsplit=1, flags=re.MULTILINE)
+    return own.splitlines(), report

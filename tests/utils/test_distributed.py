@@ -6,8 +6,7 @@ import torch
 
 from data.images import read_image
 from tests.data.layouts import write_folder
-from tests.processes import own_lines, torchrun
-from tests.scripts import only_line, run_script
+from tests.scripts import only_line, own_lines, run_script, torchrun
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from tests.utils.distributed_worker import shared_work
 from utils import distributed
