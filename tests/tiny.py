@@ -40,7 +40,7 @@ def tiny_latent_config(output_dir):
 
 
 def write_config_file(config, path):
-    """A file that --config can load, with the fields of `config` (references to img_size become plain numbers)."""
+    """Write a file for --config with the fields of `config`, references to img_size as numbers; returns its path."""
     path.write_text("from ml_collections import ConfigDict\n\n\n"
                     f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n")
     return str(path)

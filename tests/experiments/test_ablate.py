@@ -1,4 +1,4 @@
-"""Ablations end to end: a table from variants that train as a user trains them, resumed and not repeated."""
+"""ablate.py: variants train in their own processes, are scored once, and end up in one table."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ ABLATE, FEATURES = "experiments/ablate.py", "--feature_model=efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory):
-    """(folder, command, first result) of the axis with and without an encoder; without, it had trained to step 4."""
+    """(folder, command, result) of an ablation of the encoder. The variant without one was interrupted at step 4."""
     folder = tmp_path_factory.mktemp("ablated")
     write_folder(folder / "data", 160)  # of which 8 are held out
     config = write_config_file(tiny_config(folder / "elsewhere", folder / "data", "folder"), folder / "config.py")
@@ -59,7 +59,7 @@ def test_every_variant_has_a_row_in_every_form(ablated):
 
 
 @pytest.mark.slow
-def test_a_stopped_variant_goes_on_and_fields_of_the_command_hold_for_all(ablated):
+def test_an_interrupted_variant_resumes_and_fields_of_the_command_apply_to_all(ablated):
     out, _, _ = ablated
     steps = [line["step"] for line in read_metrics(out / "encoder" / "none" / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, 13))
@@ -69,7 +69,7 @@ def test_a_stopped_variant_goes_on_and_fields_of_the_command_hold_for_all(ablate
 
 
 @pytest.mark.slow
-def test_what_has_a_result_is_not_run_again(ablated, monkeypatch):
+def test_a_variant_with_a_result_is_not_run_again(ablated, monkeypatch):
     out, command, _ = ablated
     before = {path: path.stat().st_mtime_ns for path in out.glob("**/*.pt")}
     monkeypatch.setattr(ablation_runs.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
@@ -100,7 +100,7 @@ def test_a_model_without_an_encoder_is_sampled_and_scored_by_its_config_alone(ab
     assert "sampled with a latent model" in only_line(run_script("experiments/generate_samples.py", *with_encoder))
 
 
-def test_minutes_become_steps_once(tmp_path, monkeypatch):
+def test_minutes_are_converted_to_steps_once(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     calls = []
 

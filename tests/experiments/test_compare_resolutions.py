@@ -1,4 +1,4 @@
-"""compare_resolutions.py on images whose distance is known: one smooth function, at several sizes."""
+"""compare_resolutions.py on one smooth function at several sizes, whose images must agree."""
 
 import json
 
@@ -12,13 +12,13 @@ SCRIPT = "experiments/compare_resolutions.py"
 
 
 def function(phase, size):
-    """A few periods of a wave at the pixel centres of an image, float32 [3, H, W] in [−1, 1]."""
+    """A wave of a few periods at pixel centres, float32 [3, H, W] in [−1, 1]."""
     y, x = ((torch.arange(length) + 0.5) / length for length in size)
     return (0.8 * torch.sin(9 * x + 5 * y[:, None] + phase)).expand(3, -1, -1)
 
 
 def write(folder, size, window=None, count=3):
-    """Images as generate_samples.py writes them: of different phases, or a window ((top, bottom), (left, right))."""
+    """A folder like that of generate_samples.py: images of different phases, or a window of them."""
     made = ImageFolder(folder, count, {"size": list(size), "window": window})
     (top, bottom), (left, right) = window or [(0, size[0]), (0, size[1])]
     images = torch.stack([function(phase, size) for phase in range(count)])
@@ -42,8 +42,8 @@ def test_one_function_at_other_sizes_is_the_same_image(tmp_path):
     assert figures(tmp_path, larger[0], small)[0]["psnr"] == figures(tmp_path, small, larger[0])[0]["psnr"]
 
 
-def test_detail_that_the_smaller_image_cannot_hold_does_not_count(tmp_path):
-    """A checkerboard of pixels, of which every third alone would be one again."""
+def test_detail_finer_than_the_smaller_image_is_ignored(tmp_path):
+    """A checkerboard of pixels; subsampling by three would keep it."""
     smooth, fine = ImageFolder(tmp_path / "1x", 2, {}), ImageFolder(tmp_path / "3x", 2, {})
     smooth.save(range(2), torch.zeros(2, 3, 32, 32))
     row, column = torch.arange(96)[:, None], torch.arange(96)

@@ -11,7 +11,7 @@ from experiments.lib.plots import line_plot, to_bytes
 
 
 @pytest.mark.parametrize(("size", "shown", "scale"), [(16, 64, 2), (64, 64, 2), (128, 16, 2), (256, 4, 1), (512, 4, 1)])
-def test_a_grid_shows_as_many_images_as_there_is_room_for(size, shown, scale):
+def test_a_grid_shows_fewer_large_images(size, shown, scale):
     side = round(shown**0.5)
     content = grid(torch.zeros(80, 3, size, size, dtype=torch.uint8), "many")
     width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', content).groups())
@@ -23,7 +23,7 @@ def test_a_grid_of_grey_images_in_columns():
     assert 'width="30" height="20"' in content and "<figcaption>three</figcaption>" in content
 
 
-def test_a_picture_is_the_file_or_a_smaller_one(tmp_path):
+def test_a_large_picture_is_reduced(tmp_path):
     for size, shown in (((30, 20), (30, 20)), ((4 * MAX_SIDE, 40), (MAX_SIDE, 10))):
         Image.new("RGB", size, "red").save(tmp_path / "image.png")
         content = base64.b64decode(re.search('base64,([^"]*)"', picture(tmp_path / "image.png", "red"))[1])
@@ -43,7 +43,7 @@ def test_a_section_without_content_is_left_out():
     assert section("empty", "", "") == "" and "<h2>full</h2>" in section("full", "", "y")
 
 
-def test_plots_are_files_that_do_not_change_by_themselves():
+def test_plots_hold_no_date():
     def draw(kind):
         return to_bytes(line_plot({"a": [(1, 0.5), (2, 0.1)], "none": []}, "title", "step", "loss", log=True), kind)
 

@@ -22,12 +22,12 @@ def test_every_image_is_in_its_column_enlarged_by_a_whole_factor(tmp_path):
     assert all((grid[:LABEL_HEIGHT, i * side:(i + 1) * side] < 128).any() for i in range(3))  # labels
 
 
-def test_images_larger_than_the_least_keep_their_size():
+def test_large_images_keep_their_size():
     image = torch.zeros(3, 40, 130, dtype=torch.uint8)
     assert labelled_grid({"a": [image], "b": [image]}).size == (260, LABEL_HEIGHT + 40)
 
 
-def test_an_animation_runs_there_and_back(tmp_path):
+def test_an_animation_runs_forward_and_backward(tmp_path):
     frames = [[torch.full((1, 8, 48), shade, dtype=torch.uint8)] * 3 for shade in (0, 60, 120, 180)]
     save_gif(frames, tmp_path / "a.gif", columns=2)
     with Image.open(tmp_path / "a.gif") as animation:

@@ -23,7 +23,7 @@ def interpolate(trained, output, *flags):
     return folders, json.loads((output / "scores.json").read_text())
 
 
-def test_pairs_of_images_and_directions_as_strips_sheets_and_animations(trained, tmp_path):
+def test_paths_of_pairs_and_directions_as_strips_grids_and_animations(trained, tmp_path):
     images, scores = interpolate(trained, tmp_path / "o")
     assert {name: len(group) for name, group in images.items()} == {
         "originals": 4, "frames": 2 * 5, "frames_strips": 2, "directions": 2 * 2 * 5, "directions_strips": 4}
@@ -40,7 +40,7 @@ def test_pairs_of_images_and_directions_as_strips_sheets_and_animations(trained,
 
 
 @pytest.mark.slow
-def test_inversion_leads_back_to_both_images_of_each_pair_and_noise_does_not(trained, tmp_path):
+def test_paths_from_inverted_states_end_at_the_images(trained, tmp_path):
     flags = "--directions=0", "--sampling_steps=20"
     inverted, noise = (interpolate(trained, tmp_path / start, *flags, f"--start={start}")
                        for start in ("invert", "noise"))
@@ -50,7 +50,7 @@ def test_inversion_leads_back_to_both_images_of_each_pair_and_noise_does_not(tra
     assert noise[1]["psnr_of_the_ends"] < 15 and "directions" not in inverted[0]
 
 
-def test_between_samples_the_ends_are_those_that_generate_samples_makes(trained, tmp_path):
+def test_paths_between_samples_end_at_those_of_generate_samples(trained, tmp_path):
     images, scores = interpolate(trained, tmp_path / "o", "--latent_config", trained[2][1], "--num_pairs=1",
                           "--sample_img_size=20x16")
     assert "originals" not in images and "psnr_of_the_ends" not in scores

@@ -14,14 +14,14 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (2, 3, 4, 5)])
-def test_slerp_keeps_the_ends_and_goes_back_the_same_way(shape):
+def test_slerp_keeps_the_ends_and_is_symmetric(shape):
     a, b = draw(*shape), 3 * draw(*shape, seed=1)
     torch.testing.assert_close(slerp(a, b, 0), a)
     torch.testing.assert_close(slerp(a, b, 1), b)
     torch.testing.assert_close(slerp(a, b, 0.3), slerp(b, a, 0.7))
 
 
-def test_between_vectors_of_one_norm_all_have_it_and_turn_at_constant_speed():
+def test_slerp_keeps_a_common_norm_and_turns_at_constant_speed():
     a, b = (torch.nn.functional.normalize(draw(4, 9, seed=seed), dim=1) * 5 for seed in (0, 1))
     path = torch.stack([slerp(a, b, k / 8) for k in range(9)])
     torch.testing.assert_close(path.norm(dim=2), torch.full((9, 4), 5.0, dtype=torch.float64))
@@ -37,7 +37,7 @@ def test_parallel_vectors_are_interpolated_linearly():
         torch.testing.assert_close(slerp(a, b, 0.25), 0.75 * a + 0.25 * b)
 
 
-def test_ways_between_two_points_start_and_end_there_whatever_the_centre():
+def test_paths_start_and_end_at_the_points_whatever_the_centre():
     a, b, centre = draw(6), draw(6, seed=1), draw(6, seed=2)
     way = between(a, b, 5, centre)
     assert way.shape == (5, 6)

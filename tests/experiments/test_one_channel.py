@@ -1,4 +1,4 @@
-"""Images and functions of one channel through every script, from training to the page about the run."""
+"""Grey images and functions with one channel, through every script."""
 
 import pytest
 import torch

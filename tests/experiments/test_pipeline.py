@@ -55,7 +55,7 @@ def test_stage_1_trains_with_every_option(trained, tmp_path, overrides):
 
 
 @pytest.mark.slow
-def test_the_bar_counts_the_sampling_steps_of_the_pictures(trained):
+def test_the_progress_bar_counts_sampling_steps(trained):
     for stage, arguments in ((STAGE_1, trained[1]), (STAGE_2, trained[2])):
         overrides = f"--config.run.experiment=pictures_{stage}", "--config.train.max_steps=1"
         assert "sampling images, step 40 of 40" in run_script(stage, *arguments, *overrides).err
@@ -71,7 +71,7 @@ def test_latents_cover_the_mirror_images_and_are_standardised(trained):
     torch.testing.assert_close(facts["std"], latents.std(0).clamp_min(1e-6))
 
 
-def test_a_step_of_stage_2_draws_steps_and_normal_noise_for_its_own_samples(trained, monkeypatch):
+def test_stage_2_draws_all_time_steps_and_normal_noise(trained, monkeypatch):
     real, seen = gaussian_diffusion.GaussianDiffusion.training_losses, []
 
     def noted(diffusion, model, x0, t, coords, noise):
@@ -90,7 +90,7 @@ def test_a_step_of_stage_2_draws_steps_and_normal_noise_for_its_own_samples(trai
 
 
 @pytest.mark.slow
-def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_path):
+def test_latents_are_encoded_again_only_if_they_are_stale(trained, tmp_path):
     folder, single, both = trained
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(folder / "checkpoints", checkpoints)
@@ -100,7 +100,7 @@ def test_stale_latents_are_encoded_again_and_fresh_ones_are_not(trained, tmp_pat
     run_script(STAGE_2, *both, *moved, "--config.train.max_steps=5")
     assert path.stat().st_mtime_ns == before
     run_script(STAGE_1, *single, moved[0], "--config.train.max_steps=5")  # other weights
-    # neither the latent model of the old encoder is sampled with the new one, nor does its training go on
+    # the latent model of the old encoder is neither sampled with the new encoder nor trained further
     result = run_script(SAMPLES, *both, *moved, "--num_samples=1", "--sampling_steps=3", "--output", tmp_path / "s")
     assert "latents of another encoder" in only_line(result)
     assert "trained on other data" in only_line(run_script(STAGE_2, *both, *moved, "--config.train.max_steps=6"))
@@ -119,7 +119,7 @@ def sample(both, output, *more):
     return images
 
 
-def test_image_i_does_not_depend_on_the_batch_or_on_interruptions(trained, tmp_path):
+def test_image_i_depends_on_neither_batch_size_nor_interruptions(trained, tmp_path):
     images = sample(trained[2], tmp_path / "a", "--num_samples=5", "--config.train.sample_size=2")
     assert list(images) == [f"{i:05d}.png" for i in range(5)]
     other = sample(trained[2], tmp_path / "b", "--num_samples=5", "--config.train.sample_size=5")
@@ -141,7 +141,7 @@ def test_samples_at_any_size(trained, tmp_path, size, shape):
 
 @pytest.mark.slow
 def test_less_memory_gives_the_same_images(trained, tmp_path):
-    """One image after another at 400 points, in parts at 250."""
+    """480 points: one image at a time. 250 points: in parts."""
     for size in ("16", "20x24"):
         images = sample(trained[2], tmp_path / size, "--num_samples=3", f"--sample_img_size={size}", "--eta=0.5")
         for points in (480, 250):
@@ -171,7 +171,7 @@ def test_samplers_and_eta(trained, tmp_path, monkeypatch):
                          ("latent", "--latent_sampler=ddim", "--latent_sampling_steps=5")):
         other = sample(trained[2], tmp_path / name, "--num_samples=1", *flags)
         assert not torch.equal(plain["00000.png"], other["00000.png"])
-    # an untrained network's estimates hardly change between steps, and then dpm_solver is DDIM but for where they are
+    # estimates of an untrained network hardly change between steps, so that dpm_solver differs from DDIM in times only
     chosen = []
     monkeypatch.setattr(gaussian_diffusion, "log_snr_timesteps",
                         lambda betas, count, flag: chosen.append(count) or log_snr_timesteps(betas, count, flag))
@@ -207,7 +207,7 @@ def test_exported_weights_replace_the_checkpoints_in_every_script(trained, tmp_p
     ):
         result = run_script(f"experiments/{script}.py", *flags)
         assert result.code == 0, result.err
-    # a contradicting flag, and the file of the other stage
+    # a contradicting flag, and a file of the other stage
     result = run_script(RECONS, *single, moved[0], "--sampling_steps=2", "--config.model.nf=16")
     assert "weights.safetensors was trained with model.nf=8, the config has 16" in only_line(result)
     shutil.copy(tmp_path / "out" / "tiny_sampler" / "latent_weights.safetensors",
@@ -217,7 +217,7 @@ def test_exported_weights_replace_the_checkpoints_in_every_script(trained, tmp_p
 
 
 @pytest.mark.slow
-def test_the_best_or_the_newest_is_exported(trained, tmp_path):
+def test_the_best_or_newest_checkpoint_is_exported(trained, tmp_path):
     for config, run, name in ((trained[1][1], "tiny", "checkpoint.pt"),
                               (trained[2][1], "tiny_sampler", "latent_checkpoint.pt")):
         for which, prefix in (("best", "best_"), ("newest", "")):
@@ -230,7 +230,7 @@ def test_the_best_or_the_newest_is_exported(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(trained, tmp_path):
+def test_the_previous_checkpoint_replaces_a_damaged_one(trained, tmp_path):
     folder, single, _ = trained
     run = tmp_path / "checkpoints" / "tiny"
     shutil.copytree(folder / "checkpoints" / "tiny", run)
@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(trained, tmp_path):
     assert run_script(RECONS, *again, "--sampling_steps=2", "--output", tmp_path / "s").code == 0
 
 
-def test_other_settings_do_not_mix_with_the_images_of_a_folder(trained, tmp_path):
+def test_images_with_other_settings_are_not_mixed(trained, tmp_path):
     sample(trained[2], tmp_path / "a", "--num_samples=1")
     for flag, named in (("--sampling_steps=4", "steps=3, not 4"), ("--sample_img_size=32", "size=[16, 16]"),
                         ("--config.run.seed=7", "seed=0, not 7")):
@@ -315,7 +315,7 @@ def test_dropout_is_off_when_sampling(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_numbers_and_pictures(tmp_path):
+def test_wandb_offline_keeps_metrics_and_images(tmp_path):
     write_folder(tmp_path / "data", 80)
     path = write_config_file(tiny_config(tmp_path, tmp_path / "data", "folder"), tmp_path / "ae.py")
     result = run_script(STAGE_1, "--config", path, "--config.run.wandb_mode=offline",

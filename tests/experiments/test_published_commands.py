@@ -1,4 +1,4 @@
-"""The command lines of the original readme, on every layout of data, shrunk by overrides that a user could give."""
+"""The command lines of the original readme on every data layout, with overrides that shrink the models."""
 
 import shlex
 

@@ -1,4 +1,4 @@
-"""The page about a run: what is on it, with what has been made of the run, and with nothing but the run."""
+"""report.py: the contents of the page, with and without images and scores of the run."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ REPORT, SAMPLES = "experiments/report.py", "experiments/generate_samples.py"
 
 
 def check_self_contained(text):
-    """Well-formed, nothing loaded from elsewhere, no placeholder left."""
+    """Check that the page is well-formed, loads nothing and holds no placeholder."""
     outside = re.sub(r"data:[^\"]*", "", text)
     assert not re.search(r"https?:|\bsrc=\"[^\"]|<script|<link|@import|url\(", outside)
     assert "$" not in outside and "nan" not in outside
@@ -31,7 +31,7 @@ def headings(text):
 
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
-    """A folder with all that other scripts make of the trained pair, as in `make demo`."""
+    """A folder with the output of all other scripts for the trained pair, as in `make demo`."""
     _, single, both = trained
     folder = tmp_path_factory.mktemp("made")
     results = [run_script("experiments/generate_recons.py", *single, "--sampling_steps=2", "--output",
@@ -61,7 +61,7 @@ def make_page(page, *arguments):
 
 
 @pytest.mark.slow
-def test_the_page_holds_all_that_was_made(trained, made, tmp_path):
+def test_the_page_holds_every_output(trained, made, tmp_path):
     text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
     assert "2 folders of samples, 1 of reconstructions, 3 of applications, 2 scores" in out
     assert headings(text) == ["Samples", "Reconstructions of held-out images", "Nearest training images",
@@ -86,7 +86,7 @@ def test_the_search_for_copies_is_limited_or_left_out(trained, made, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
+def test_images_of_another_checkpoint_are_marked(trained, made, tmp_path):
     text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
     settings = made / "samples_4x" / "settings.json"
     content = settings.read_text()
@@ -98,7 +98,7 @@ def test_images_of_another_checkpoint_are_pointed_out(trained, made, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(trained, tmp_path, monkeypatch):
+def test_the_command_that_training_prints_makes_the_page_of_one_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = "--config.train.max_steps=2", "--config.optimizer.warmup_steps=1", "--config.model.nf=4"
     ended = run_script("train_inf_ae_diffusion.py", *trained[1], f"--config.run.output_dir={tmp_path / 'a run'}",
@@ -116,7 +116,7 @@ def test_one_run_alone_has_its_page_by_the_command_that_training_ends_with(train
 
 
 @pytest.mark.slow
-def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkeypatch):
+def test_outputs_in_default_folders_are_found(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_script(SAMPLES, *trained[2], "--num_samples=2", "--sampling_steps=2").code == 0
     assert run_script("experiments/generate_recons.py", *trained[1], "--sampling_steps=2").code == 0
@@ -132,7 +132,7 @@ def test_what_scripts_put_in_their_own_places_is_found(trained, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_other_files_and_a_run_without_its_checkpoint_spoil_no_page(trained, made, tmp_path):
+def test_a_run_without_its_checkpoint_has_a_page(trained, made, tmp_path):
     folder, single, _ = trained
     shutil.copytree(made / "inpaint", tmp_path / "inpaint")
     Image.new("RGB", (5000, 10)).save(tmp_path / "inpaint" / "wide.png")
@@ -186,13 +186,13 @@ def test_damaged_images_are_left_out(trained, made, tmp_path, caplog):
 
 
 def pictures_of(text, captions):
-    """Pillow images of the figures whose captions begin with these words."""
+    """Pillow images of the figures with captions that begin with these words."""
     for caption in captions:
         data = re.search(rf'base64,([^"]*)" [^>]*><figcaption>{caption}', text)[1]
         yield Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_a_caption_names_the_scale_of_both_axes_where_they_differ(tmp_path):
+def test_a_caption_names_different_scales_of_the_axes(tmp_path):
     config = tiny_config(tmp_path)
     captions = [GeneratedImages(tmp_path, {"steps": 5, "sampler": "ddim", "decoder": "", "size": size}).caption(
         "samples", config) for size in ([48, 24], [32, 32])]

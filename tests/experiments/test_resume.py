@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop, and the same command again: nothing is lost, and the result is the same."""
+"""A run that is killed or stopped by a signal, and restarted, produces bit-identical weights, metrics and images."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def run_jobs(folder, jobs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{name: folder} of pairs of runs, a whole one and one in parts, and the results of all jobs."""
+    """(folder of all runs, {run: results of its jobs})."""
     folder = tmp_path_factory.mktemp("runs")
     write_folder(folder / "data", 23)  # 21 are trained on, in batches of 4: no step up to STEPS begins an epoch
     config, latent = tiny_config(folder, folder / "data", "folder"), tiny_latent_config(folder)
@@ -84,7 +84,7 @@ def metrics(folder, name):
 
 
 def check_same(folder, whole, other, prefix=""):
-    """That two runs left the same: every entry of every checkpoint, every line of the metrics, every picture."""
+    """Compare every entry of every checkpoint, every line of the metrics and every image of two runs."""
     for name in (f"{prefix}checkpoint.pt", f"best_{prefix}checkpoint.pt"):
         states = [load_checkpoint(folder / run / name) for run in (whole, other)]
         for state in states:
@@ -99,7 +99,7 @@ def check_same(folder, whole, other, prefix=""):
     pictures = [{path.name: path.read_bytes() for path in (folder / run / "images").iterdir()}
                 for run in (whole, other)]
     assert pictures[0] == pictures[1] and len(pictures[0]) >= 3
-    # what was drawn for a step is the same whenever that step was made, and every step was made
+    # the draws of a step depend on the step alone, and no step is missing
     expected = {line["step"]: line for line in draws(folder, whole)}
     made = draws(folder, other)
     assert {line["step"] for line in made} == set(expected) == set(range(STEPS))
@@ -108,16 +108,16 @@ def check_same(folder, whole, other, prefix=""):
 
 
 @pytest.mark.parametrize("stage, prefix", [("1", ""), ("2", "latent_")])
-def test_a_killed_run_equals_an_unbroken_one_bit_for_bit(runs, stage, prefix):
+def test_a_killed_run_equals_an_uninterrupted_one(runs, stage, prefix):
     folder, results = runs
     assert [result["code"] for result in results[f"killed_{stage}"]] == [-9, -9, 0]
     steps = check_same(folder, f"whole_{stage}", f"killed_{stage}", prefix)
-    # killed at step 2, before the first checkpoint, and at step 5, after that of step 3, in the middle of an epoch
+    # killed at step 2, before the first checkpoint, and at step 5, after the checkpoint of step 3
     assert steps == [0, 1, 0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("name, code", [("term", 75), ("usr1", 75), ("int", 130)])
-def test_a_signal_lets_the_step_end_and_saves_it(runs, name, code):
+def test_a_signal_stops_the_run_after_the_step_and_a_checkpoint(runs, name, code):
     folder, results = runs
     stopped = results[name][0]
     assert stopped["code"] == code
@@ -130,7 +130,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(runs, name, code):
         assert load_checkpoint(folder / name / "checkpoint.pt")["step"] == 5
 
 
-def test_ctrl_c_after_that_ends_it_at_once_and_loses_only_what_is_not_saved(runs):
+def test_ctrl_c_after_a_signal_ends_the_run_without_a_checkpoint(runs):
     folder, results = runs
     assert [result["code"] for result in results["twice"]] == [130, 0]
     assert check_same(folder, "whole_1", "twice") == [0, 1, 2, 3, 3, *range(4, STEPS)]

@@ -1,4 +1,4 @@
-"""experiments/spectrum.py on samples whose spectrum is known."""
+"""spectrum.py on samples with a known spectrum."""
 
 import json
 
@@ -17,8 +17,7 @@ SCRIPT, COUNT = "experiments/spectrum.py", 40
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, config file) with training fields as a perfect model would sample them, at two sizes, and half as large
-    ones."""
+    """(folder, config file): fields as a perfect model samples them, at two sizes, and fields of half the amplitude."""
     folder = tmp_path_factory.mktemp("spectrum")
     config = tiny_config(folder / "out", name="function", img_size=32)
     config.data.function, config.data.channels = "data.random_fields:gaussian_field", 1
@@ -34,7 +33,7 @@ def made(tmp_path_factory):
     return folder, write_config_file(config, folder / "config.py")
 
 
-def test_perfect_samples_are_as_near_as_other_true_ones_and_faint_ones_are_not(made, tmp_path):
+def test_the_distance_is_sampling_error_for_perfect_samples_and_large_for_faint_ones(made, tmp_path):
     folder, config = made
     names = [folder / name for name in ("perfect", "fine", "faint")]
     result = run_script(SCRIPT, "--config", config, "--samples", ",".join(map(str, names)), "--output", tmp_path / "s")
@@ -46,7 +45,7 @@ def test_perfect_samples_are_as_near_as_other_true_ones_and_faint_ones_are_not(m
     assert all(row["count"] == COUNT for row in found["sizes"])
     for row in (perfect, fine):
         assert row["distance"] < 2 * row["distance_of_true"] < 0.12 and abs(row["bias"]) < 0.03
-    # unfiltered and half as large: a quarter of the power, which at the end of the band is all that the others keep
+    # half the amplitude, unfiltered: a quarter of the power, which is what filtered fields keep at the end of the band
     assert faint["bias"] == pytest.approx(-0.55, abs=0.07) and faint["distance"] > 5 * faint["distance_of_true"]
     coarse, dense = (torch.tensor(row["spectra"]["true_unfiltered"])[1:25] for row in (perfect, fine))
     assert (coarse / dense).log10().abs().max() < 0.02  # the functions are the same

@@ -19,7 +19,7 @@ METHODS = ["bicubic", "lanczos", "backprojected", "decoded", "consistent"]
 
 @pytest.fixture(scope="module")
 def flags(trained, tmp_path_factory):
-    """Of the tiny model, with 4 held-out images of 40²."""
+    """Arguments of the tiny model, with 4 held-out images of 40²."""
     folder = tmp_path_factory.mktemp("larger")
     write_folder(folder, 80, width=40, height=40)
     return [*trained[1], f"--config.data.root_dir={folder}", "--sampling_steps=3"]
@@ -36,11 +36,11 @@ def enlarge(flags, output, *more):
 
 
 def resized(images, size):
-    """uint8 images [C, H, W] made smaller, as float; bicubic interpolation overshoots."""
+    """uint8 images [C, H, W], reduced and clipped, as float."""
     return F.interpolate(torch.stack(images).float(), size, mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def test_every_method_enlarges_and_the_consistent_one_gives_the_input_back(flags, tmp_path):
+def test_every_method_enlarges_and_consistent_results_reduce_to_the_input(flags, tmp_path):
     images, scores = enlarge(flags, tmp_path / "o")
     assert set(images) == {"inputs", "truth", *METHODS} and list(scores["methods"]) == METHODS
     assert {image.shape for name in images for image in images[name]} == {(3, 16, 16), (3, 32, 32)}
@@ -70,7 +70,7 @@ def test_a_folder_of_small_images_has_no_truth(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_options_change_what_they_should(flags, tmp_path):
+def test_options_change_the_result_and_the_batch_size_does_not(flags, tmp_path):
     first, _ = enlarge(flags, tmp_path / "first", "--num_samples=3", "--config.train.sample_size=2")
     again, _ = enlarge(flags, tmp_path / "again", "--num_samples=3", "--config.train.sample_size=3",
                        "--max_points=1500")

@@ -10,14 +10,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for what functions add to it."""
+    """A clock that only the functions of `taking` advance."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     return clock
 
 
 def taking(clock, seconds, order=None, name=None):
-    """A function whose calls take the given seconds, one after another."""
+    """A function whose successive calls take the given seconds."""
     seconds = iter(seconds)
 
     def function():

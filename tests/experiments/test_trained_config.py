@@ -1,4 +1,4 @@
-"""Scripts that use a trained model take its architecture from the run, unless the command line says otherwise."""
+"""Scripts that use a trained model read its architecture from the run, unless the command line contradicts it."""
 
 import pytest
 
@@ -12,8 +12,7 @@ TRAINED_WITH = ("nf=4", "uno_mults=(2,2)", "z_dim=5")
 
 @pytest.fixture(scope="module")
 def overridden(tmp_path_factory):
-    """(--config of a stage-1 run trained with TRAINED_WITH, --config and --decoder_config of its stage 2), without
-    these fields."""
+    """(arguments of a stage-1 run, of its stage-2 run), without the fields of TRAINED_WITH that it was trained with."""
     folder = tmp_path_factory.mktemp("overridden")
     write_folder(folder / "data", 80)
     ae = write_config_file(tiny_config(folder / "checkpoints", folder / "data", "folder"), folder / "ae.py")
@@ -26,7 +25,7 @@ def overridden(tmp_path_factory):
     return ["--config", ae], both
 
 
-def test_what_was_overridden_to_train_need_not_be_said_again(overridden, tmp_path):
+def test_overrides_of_training_are_not_needed_again(overridden, tmp_path):
     single, both = overridden
     for script, configs, more in (
         ("experiments/generate_recons.py", single, ["--num_samples=2", "--sampling_steps=2"]),
@@ -54,7 +53,7 @@ def test_a_field_on_the_command_line_that_contradicts_the_run_is_refused(overrid
     assert message.replace("[", "(").replace("]", ")") in only_line(ran).replace("[", "(").replace("]", ")")
 
 
-def test_training_does_not_take_them(overridden):
+def test_training_does_not_read_the_fields_of_the_run(overridden):
     ran = run_script("train_inf_ae_diffusion.py", *overridden[0])
     assert "model.nf=4" in only_line(ran)
 
