@@ -18,7 +18,6 @@ from configs.defaults import autoencoder_config, latent_config
 from utils import distributed
 from utils.checkpoint import architecture_fields
 from utils.errors import UserError
-from utils.files import replacing
 
 MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
 MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
@@ -142,17 +141,23 @@ def _value(flag):
 
 def _take_architecture(config, flag):
     """Set the fields that config.json of the run has with another value. True if there is a config.json."""
-    try:
-        saved = json.loads((run_dir(config) / "config.json").read_text())
-        fields = [(section, name, saved[section][name]) for section, name in architecture_fields(config)
-                  if name in saved[section]]
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged; the checkpoint holds the config as well
+    path = run_dir(config) / "config.json"
+    if not path.exists():
         return False
     given = config_flags.get_override_values(flags.FLAGS[flag.name])
-    for section, name, value in fields:
-        value = tuple(value) if isinstance(value, list) else value
-        if f"{section}.{name}" not in given and config[section][name] != value:
-            config[section][name] = value
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for section, name in architecture_fields(config):
+            value = saved[section].get(name, config[section][name])
+            value = tuple(value) if isinstance(value, list) else value
+            if f"{section}.{name}" not in given and config[section][name] != value:
+                config[section][name] = value
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}); repair or remove the file"
+                        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the config of a run ({type(error).__name__}: {error}); repair or remove it"
+                        ) from error
     return True
 
 
@@ -254,12 +259,6 @@ def _same_type(value, default):
 def run_dir(config):
     """Folder of a run, <output_dir>/<experiment>."""
     return Path(config.run.output_dir) / config.run.experiment
-
-
-def write_config(config, path):
-    """Write the config as indented JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def changed_fields(values, defaults):

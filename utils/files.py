@@ -3,10 +3,16 @@
 import contextlib
 import json
 import os
+import platform
 import tempfile
 from pathlib import Path
 
 from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -61,6 +67,27 @@ def write_json(path, data):
     """Write plain data as an indented JSON file, which appears whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def try_lock(path):
+    """Lock a file, which is created if it is missing, and return it; None if another process has locked it.
+
+    The lock lasts until the file is closed or this process ends. Child processes do not inherit it. It also works on
+    network file systems; where a system or file system has no locks, every call succeeds.
+    """
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # returned
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def sync_folder(path):

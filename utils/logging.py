@@ -1,8 +1,12 @@
 """Metrics and images of a run: metrics.jsonl, images/, and wandb if asked for."""
 
+import functools
+import hashlib
 import json
+import logging
 import math
 import os
+import re
 import statistics
 from pathlib import Path
 
@@ -26,7 +30,7 @@ class RunLog:
             return
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-        with replacing(self.metrics) as temporary, open(temporary, "w") as file:
+        with replacing(self.metrics) as temporary, open(temporary, "w", encoding="utf-8") as file:
             _write(file, self.lines)
         self.wandb = _start_wandb(config)
 
@@ -35,7 +39,7 @@ class RunLog:
         if not self.writes:
             return
         self.lines.append({"step": step, **values})
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             _write(file, self.lines[-1:])
         if self.wandb:
             self.wandb.log(values, step=step)
@@ -68,16 +72,32 @@ def _write(file, lines):
 
 
 def read_metrics(path):
-    """Lines of a metrics.jsonl as dicts, [] if there is none; without a last line cut short by a kill."""
+    """Lines of a metrics.jsonl as dicts, [] if there is none.
+
+    UserError naming the first line that is not readable. A last line that a kill cut short is left out with a warning:
+    its step comes after the newest checkpoint, and will be logged again.
+    """
     path = Path(path)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True) if path.exists() else []
     result = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            result.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            values = json.loads(line)
+            if not isinstance(values.get("step"), int) or not all(isinstance(x, (int, float)) for x in values.values()):
+                raise ValueError
+        except (ValueError, AttributeError):
+            if line.endswith("\n"):
+                raise UserError(f"{path}, line {number} is not a line of metrics, such as {{\"step\": 100, \"loss\": "
+                                "0.5}; repair or remove it") from None
+            _warn(f"{path}, line {number} was cut short and is left out")
+        else:
+            result.append(values)
     return result
+
+
+@functools.cache  # once per line
+def _warn(message):
+    logging.warning(message)
 
 
 def evaluated(folder, step):
@@ -101,8 +121,16 @@ def _start_wandb(config):
         return None
     check_wandb(run)
     import wandb  # slow to import, and most runs do not use it
-    return wandb.init(project=run.name, name=run.experiment, id=run.experiment.replace("/", "-"), resume="allow",
+    return wandb.init(project=wandb_name(run.name), name=run.experiment, id=wandb_name(run.experiment), resume="allow",
                       dir=run.wandb_dir, mode=run.wandb_mode, config=config.to_dict())
+
+
+def wandb_name(name):
+    """A name that wandb accepts as a project or run id: other characters become "-", and a digest keeps it unique."""
+    allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
+    if allowed == name.replace("/", "-") and len(allowed) <= 128:
+        return allowed
+    return f"{allowed[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def training_seconds(metrics):

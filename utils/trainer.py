@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from utils import distributed, rng
 from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights, to_host
-from utils.config import run_dir, write_config
+from utils.config import changed_fields, run_dir
 from utils.device import autocast, peak_memory_gb, resolve_dtype
 from utils.errors import UserError
-from utils.files import check_writable, remove_leftovers
-from utils.logging import RunLog, evaluated
+from utils.files import check_writable, remove_leftovers, try_lock, write_json
+from utils.logging import RunLog, evaluated, read_metrics
 from utils.optimiser import EMA, Optimiser
 from utils.shutdown import Stopped, StopRequest, exit_code
 
@@ -57,18 +57,37 @@ class Trainer:
         self.seconds = 0.0  # of training in earlier starts of the run
         self.start = time.monotonic()  # of training, minus those seconds, moved forward by the time of evaluation
         self.sums = {}  # of metrics since the last log line; on the device, because reading them waits for it
-        self.resumed = False
+        self.resumed, self.lock = False, None
 
     def resume(self):
-        """Load the newest checkpoint of the run, if there is one. train() does so itself; a script calls it earlier to
-        fail before long preparations. UserError if the run cannot be continued with this config."""
+        """Lock the run folder and load the newest checkpoint, if there is one. train() does so itself; a script calls
+        it earlier to fail before long preparations. UserError if the run cannot be continued with this config, or if
+        another process is training it."""
         self.resumed = True
+        self._lock_folder(only_existing=True)  # a command that is refused leaves nothing behind
         self._check_folder()
         if self.checkpoints.exists():
             self._load()
+        self._lock_folder()
         if len(set(distributed.gather(torch.tensor([self.step])).tolist())) > 1:
             raise UserError(f"the ranks do not find the same {self.checkpoints.newest}; set run.output_dir to a folder "
                             "that all machines share")
+
+    def _lock_folder(self, only_existing=False):
+        """UserError if another process is training in the run folder. The main rank locks it for all."""
+        path = self.folder / ".lock"
+
+        def holder():
+            if self.lock is None and (path.exists() or not only_existing):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = try_lock(path)
+                return path.read_text(encoding="utf-8") if self.lock is None else ""
+            return ""
+
+        other = distributed.from_main(holder)
+        if other:
+            raise UserError(f"run.experiment={self.config.run.experiment!r} is being trained by another process in "
+                            f"{self.folder} ({other}); wait for it, stop it, or choose another run.experiment")
 
     def _check_folder(self):
         check_writable(self.folder, f"run.output_dir={self.config.run.output_dir!r}")
@@ -79,6 +98,7 @@ class Trainer:
         if self.checkpoints.exists() and not self.config.train.load_checkpoint:
             raise UserError(f"{self.checkpoints.newest} exists and train.load_checkpoint=False would overwrite it; "
                             "set another run.experiment, or train.load_checkpoint=True to continue the run")
+        read_metrics(self.folder / "metrics.jsonl")  # raises if a line is not readable
 
     def _load(self):
         saved, path = self.checkpoints.load(self.kind)
@@ -98,6 +118,9 @@ class Trainer:
         self.saved = self.step if path == self.checkpoints.newest else None  # an older file if the newest is damaged
         self.seconds = saved["seconds"]
         self.sums = {name: value.to(self.device, copy=True) for name, value in saved["sums"].items()}
+        logging.info("continuing %s from step %d", path, self.step)
+        for name, now, before in changed_fields(saved["config"], self.config):
+            logging.info("changed since then: %s %r -> %r", name, before, now)
 
     def train(self, batches, validate, plot, plot_steps):
         """Train to train.max_steps. Log lines, checkpoints, validation and images come at their intervals and at the
@@ -114,6 +137,12 @@ class Trainer:
         self.validate, self.plot, self.plot_steps = validate, plot, plot_steps
         if not self.resumed:
             self.resume()
+        try:
+            self._train(batches)
+        finally:
+            self.lock and self.lock.close()
+
+    def _train(self, batches):
         max_steps = self.config.train.max_steps
         if self.step >= max_steps and not distributed.any_rank(self._must_evaluate()):
             logging.info("%s is at step %d already; raise train.max_steps to continue", self.checkpoints.newest,
@@ -122,7 +151,7 @@ class Trainer:
         if distributed.is_main():
             for folder in (self.folder, self.folder / "images"):
                 remove_leftovers(folder)
-            write_config(self.config, self.folder / "config.json")
+            write_json(self.folder / "config.json", self.config.to_dict())
         self.log = RunLog(self.folder, self.config, self.step)
         self.progress = tqdm(total=max_steps, initial=self.step, unit="step", desc=self.kind, smoothing=0.05,
                              disable=not distributed.is_main())

@@ -251,6 +251,6 @@ def test_more_than_one_percent_of(base, tmp_path, layout):
     """One bad file is passed over with a warning, more stop the run: which has begun by then, and lost nothing."""
     layout(tmp_path / "data")
     overrides = ["--config.data.name=folder", f"--config.data.root_dir={tmp_path / 'data'}"]
-    begun = ("out", "tiny", "images", "config.json", "metrics.jsonl")
+    begun = ("out", "tiny", ".lock", "images", "config.json", "metrics.jsonl")
     line = refused(tmp_path, TRAIN, *base, *overrides, may_write=begun)
     assert "2 of 20 images cannot be read" in line and "repair or remove such files" in line

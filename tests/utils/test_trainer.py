@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -153,6 +154,63 @@ def test_a_run_that_cannot_be_continued_is_refused(tmp_path, change, said):
     make_trainer(tmp_path, 2).train()
     with pytest.raises(UserError, match=said):
         make_trainer(tmp_path, 4, **change).resume()
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on host")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_run_that_another_process_trains_is_refused_until_it_ends(tmp_path):
+    make_trainer(tmp_path, 2).train()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run" / ".lock"], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process in .*run .process 7 on host.; wait for it"):
+            make_trainer(tmp_path, 4).train()
+        other.kill()  # however it ends
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"}
+    trainer = make_trainer(tmp_path, 4)
+    trainer.resume()
+    ask = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    for code in (1, 0):  # locked while it trains, and not after
+        assert subprocess.run([sys.executable, "-c", ask, tmp_path / "run" / ".lock"], stderr=subprocess.DEVNULL
+                              ).returncode == code
+        trainer.train()
+
+
+def test_resuming_tells_the_step_and_what_has_changed(tmp_path, caplog):
+    make_trainer(tmp_path, 2).train()
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, 4, run__seed=7, optimizer__decay="cosine").resume()
+    first, *changes = caplog.messages[-4:]
+    assert first == f"continuing {tmp_path}/run/checkpoint.pt from step 2"
+    assert sorted(changes) == [f"changed since then: {change}" for change in (
+        "optimizer.decay 'none' -> 'cosine'", "run.seed 0 -> 7", "train.max_steps 2 -> 4")]
+
+
+def test_lines_after_the_checkpoint_are_written_again_and_unreadable_ones_are_named(tmp_path, caplog):
+    make_trainer(tmp_path, 4).train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    good = path.read_text()
+    for line in ("not json", "[1]", '{"loss": 0.5}', '{"step": 3, "loss": "high"}', "\udcff"):
+        path.write_text(line + "\n" + good, encoding="utf-8", errors="surrogateescape")
+        edited = path.read_bytes()
+        with pytest.raises(UserError, match="metrics.jsonl, line 1 is not a line of metrics"):
+            make_trainer(tmp_path, 6).train()
+        assert path.read_bytes() == edited
+    path.write_text(good + '{"step": 6, "loss": 123.0}\n{"step": 7, "lo')
+    make_trainer(tmp_path, 6).train()
+    assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == [2, 4, 6]
+    assert "123.0" not in path.read_text()
+    assert caplog.text.count("line 6 was cut short and is left out") == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
