@@ -35,7 +35,8 @@ def operator(backend, consistent=False):
 def test_forward_and_gradients_are_the_definition(backend, outputs, kernel_size):
     for number, size in enumerate(SIZES):
         for density, order in ORDERS[number % 2 :: 2]:
-            check_against_loops(operator(backend), *draw(size, density, (*kernel_size, 3, *outputs), order), 1e-4)
+            shape = (*kernel_size, (3, 33, 1, 8)[number], *outputs)
+            check_against_loops(operator(backend), *draw(size, density, shape, order), 1e-4)
 
 
 @pytest.mark.parametrize(("backend", "outputs"), USABLE)
@@ -72,12 +73,6 @@ def test_the_consistent_estimate_of_all_pixels_is_a_convolution_away_from_the_bo
     expected = F.conv2d(coords.scatter(features), weight.permute(2, 0, 1)[:, None], groups=4)
     out = coords.scatter(sparse_conv(features, weight, coords, consistent=True))
     torch.testing.assert_close(out[..., 2:-2, 1:-1], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("channels", [1, 32, 33])
-def test_any_number_of_channels(channels):
-    for density, order in ORDERS[:3]:
-        check_against_loops(operator("auto"), *draw((7, 9), density, (5, 3, channels), order), 1e-4)
 
 
 @pytest.mark.parametrize(("backend", "outputs"), USABLE)
@@ -134,13 +129,6 @@ def test_nan_and_infinity_reach_the_neighbours_and_no_further(backend, outputs, 
     assert torch.isfinite(out[0, 2]).all()
 
 
-@pytest.mark.parametrize(("backend", "outputs"), USABLE)
-def test_a_lone_point_sees_itself_alone(backend, outputs):
-    coords = Coordinates(torch.tensor([[40]]), (9, 9))
-    features, weight = torch.randn(1, 1, 5).requires_grad_(), torch.randn(7, 7, 5, *outputs).requires_grad_()
-    check_against_loops(operator(backend), features, weight, coords, 1e-4)
-
-
 @pytest.mark.parametrize(("backend", "outputs"), [one for one in USABLE if one.values[0] != "spconv"])
 def test_second_derivatives_are_those_of_the_dense_form(backend, outputs):
     for density, order in ORDERS[:3]:
@@ -190,12 +178,13 @@ def test_the_operators_of_the_loops_keep_the_rules_of_pytorch():
                           (features, grad, weight, geometry))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 1e-4), (torch.float64, 1e-6), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize(("size", "taps"), [((40, 50), (33, 33)), ((13, 60), (13, 91)), ((70, 9), (121, 9))])
-@pytest.mark.parametrize(("density", "order"), ORDERS[:2])
-def test_large_kernels_go_through_fourier_space(size, taps, density, order, dtype, tolerance):
-    features, weight, coords = draw(size, density, (*taps, 3), order, dtype)
+@pytest.mark.parametrize(("size", "taps", "density", "dtype", "tolerance"), [
+    ((40, 50), (33, 33), 1, torch.float32, 1e-4), ((40, 50), (33, 33), 1 / 2, torch.bfloat16, 0.03),
+    ((13, 60), (13, 91), 1 / 2, torch.float32, 1e-4), ((70, 9), (121, 9), 1 / 2, torch.float64, 1e-12)])
+def test_large_kernels_go_through_fourier_space(size, taps, density, dtype, tolerance):
+    features, weight, coords = draw(size, density, (*taps, 3), "sorted", dtype)
+    if dtype == torch.float64:
+        weight = weight.detach().double().requires_grad_()
     padding, kernel = [k // 2 for k in taps], weight.double().permute(2, 0, 1)[:, None]
     image = F.conv2d(coords.scatter(features.double()), kernel, padding=padding, groups=3)
     expected = coords.gather(image) * (taps[0] * taps[1] / neighbour_counts(coords, taps).double())[:, :, None]
