@@ -3,8 +3,13 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-AUTOENCODER := --config configs/demo_config.py
-BOTH := --config configs/demo_latent_config.py --decoder_config configs/demo_config.py
+# make demo DATA=/path/to/folder trains on images of your own; make demo QUICK=1 makes a rough page in a few minutes.
+NAME := demo$(if $(DATA),_own)$(if $(QUICK),_quick)
+FIELDS := run.experiment=$(NAME) $(if $(DATA),data.name=folder data.root_dir=$(DATA)) $(if $(QUICK),train.max_steps=400)
+LATENT_FIELDS := run.experiment=$(NAME)_sampler $(if $(QUICK),train.max_steps=400 data.fid_samples=64)
+AUTOENCODER := --config configs/demo_config.py $(FIELDS:%=--config.%)
+BOTH := --config configs/demo_latent_config.py $(LATENT_FIELDS:%=--config.%) \
+	--decoder_config configs/demo_config.py $(FIELDS:%=--decoder_config.%)
 SAMPLE := $(RUN) experiments/generate_samples.py $(BOTH) --sampling_steps 10 \
 	--latent_sampler dpm_solver --latent_sampling_steps 50
 TEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -14,15 +19,15 @@ SCORE := $(RUN) experiments/calculate_fid.py $(AUTOENCODER) --split heldout --fe
 
 demo: .venv/installed
 	$(RUN) train_inf_ae_diffusion.py $(AUTOENCODER)
-	$(RUN) experiments/generate_recons.py $(AUTOENCODER) --num_samples 64 --sampling_steps 10 --output demo/recons
+	$(RUN) experiments/generate_recons.py $(AUTOENCODER) --num_samples 64 --sampling_steps 10 --output $(NAME)/recons
 	$(RUN) train_latent_diffusion.py $(BOTH)
-	$(SAMPLE) --output demo/samples_1x
-	$(SAMPLE) --output demo/samples_2x --sample_img_size 64 --num_samples 16
-	$(SAMPLE) --output demo/samples_4x --sample_img_size 128 --num_samples 16
-	$(RUN) experiments/generate_noise.py $(AUTOENCODER) --output demo/noise
-	$(SCORE) --samples demo/samples_1x --output demo/samples_scores.json
-	$(SCORE) --samples demo/noise --output demo/noise_scores.json
-	$(RUN) experiments/report.py $(BOTH) --folder demo --output report.html
+	$(SAMPLE) --output $(NAME)/samples_1x
+	$(SAMPLE) --output $(NAME)/samples_2x --sample_img_size 64 --num_samples 16
+	$(SAMPLE) --output $(NAME)/samples_4x --sample_img_size 128 --num_samples 16
+	$(RUN) experiments/generate_noise.py $(AUTOENCODER) --output $(NAME)/noise
+	$(SCORE) --samples $(NAME)/samples_1x --output $(NAME)/samples_scores.json
+	$(SCORE) --samples $(NAME)/noise --output $(NAME)/noise_scores.json
+	$(RUN) experiments/report.py $(BOTH) --folder $(NAME) --output report.html
 
 test: .venv/installed
 	$(TEST) -m "not slow"

@@ -1,4 +1,4 @@
-"""The demo with one channel: the same windows of photographs in grey.
+"""The demo with one channel: the same windows in grey.
 
 Its latent model is configs/demo_latent_config.py with --config.run.experiment=demo_grey_sampler.
 """
