@@ -29,8 +29,8 @@ from experiments.lib.ablation_runs import (
     steps_in,
     train,
 )
-from experiments.lib.common_flags import float_flag, sampler_flag, steps_flag
 from experiments.lib.plots import write_results
+from experiments.lib.sampling import float_flag, sampler_flag, steps_flag
 from experiments.metrics.features import NETWORKS, build_feature_model
 from utils import cli, config
 from utils.device import environment, resolve_device

@@ -15,9 +15,15 @@ from torch.utils.data import Subset
 
 from data.datasets import build_dataset, log_images
 from data.loader import all_batches
-from experiments.lib.common_flags import inv_snr_flag, max_points_flag, sampler_flag, size_flag, steps_flag
 from experiments.lib.image_folders import ImageFolder
-from experiments.lib.sampling import TrainedAutoencoder
+from experiments.lib.sampling import (
+    TrainedAutoencoder,
+    inv_snr_flag,
+    max_points_flag,
+    sampler_flag,
+    size_flag,
+    steps_flag,
+)
 from experiments.metrics.images import reconstruction_scores
 from utils import cli, config, distributed
 from utils.errors import UserError

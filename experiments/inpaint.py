@@ -29,9 +29,16 @@ from experiments.lib.applications import (
     write_grid,
     write_scores,
 )
-from experiments.lib.common_flags import float_flag, input_flag, inv_snr_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.masks import KINDS, make_masks
-from experiments.lib.sampling import TrainedAutoencoder
+from experiments.lib.sampling import (
+    TrainedAutoencoder,
+    float_flag,
+    input_flag,
+    inv_snr_flag,
+    max_points_flag,
+    size_flag,
+    steps_flag,
+)
 from experiments.metrics.images import psnr, roughness
 from utils import cli, config
 from utils.errors import UserError

@@ -28,9 +28,16 @@ from experiments.lib.applications import (
     read_images,
     write_scores,
 )
-from experiments.lib.common_flags import float_flag, input_flag, inv_snr_flag, max_points_flag, size_flag, steps_flag
 from experiments.lib.latent_paths import along, between, principal_directions, render, show
-from experiments.lib.sampling import TrainedAutoencoder
+from experiments.lib.sampling import (
+    TrainedAutoencoder,
+    float_flag,
+    input_flag,
+    inv_snr_flag,
+    max_points_flag,
+    size_flag,
+    steps_flag,
+)
 from experiments.metrics.images import psnr
 from utils import cli, config
 from utils.errors import UserError

@@ -26,7 +26,9 @@ from diffusion.posterior import PosteriorDenoiser, Spectrum, gaussian_update
 from diffusion.samplers import FIRST_ORDER, sample
 from diffusion.sampling import images_at_once
 from experiments.lib.applications import latent_sampler, open_folders, read_images, save_batch, write_grid, write_scores
-from experiments.lib.common_flags import (
+from experiments.lib.operators import FORMS, build_operator
+from experiments.lib.sampling import (
+    TrainedAutoencoder,
     float_flag,
     input_flag,
     inv_snr_flag,
@@ -35,8 +37,6 @@ from experiments.lib.common_flags import (
     size_flag,
     steps_flag,
 )
-from experiments.lib.operators import FORMS, build_operator
-from experiments.lib.sampling import TrainedAutoencoder
 from utils import cli, config, rng
 from utils.errors import UserError
 

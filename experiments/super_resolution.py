@@ -23,7 +23,8 @@ from diffusion.operators import Downsampling
 from diffusion.samplers import sample
 from diffusion.sampling import images_at_once
 from experiments.lib.applications import check_encoder, open_folders, save_batch, write_grid, write_scores
-from experiments.lib.common_flags import (
+from experiments.lib.sampling import (
+    TrainedAutoencoder,
     check_eta,
     eta_flag,
     float_flag,
@@ -34,7 +35,6 @@ from experiments.lib.common_flags import (
     size_flag,
     steps_flag,
 )
-from experiments.lib.sampling import TrainedAutoencoder
 from experiments.lib.super_resolution import interpolations, read_inputs, score
 from utils import cli, config
 from utils.errors import UserError

@@ -6,8 +6,7 @@ from PIL import ImageColor
 
 from data.datasets.folder import FFHQ, CelebA, Folder
 from data.datasets.functions import Functions
-from data.datasets.lmdb import is_lmdb
-from data.datasets.lsun import Churches
+from data.datasets.lmdb import Churches, is_lmdb
 from data.datasets.photos import Photos, Tissue
 from data.datasets.prepared import Prepared
 from utils import distributed

@@ -1,9 +1,15 @@
-"""Reading LMDB folders from any number of processes."""
+"""LMDB folders: reading them from any number of processes, and LSUN's outdoor churches as distributed.
 
+LSUN's folders are church_outdoor_train_lmdb and church_outdoor_val_lmdb; data/datasets/prepared.py has those of
+data/prepare.py.
+"""
+
+import io
 import os
 
 import lmdb
 
+from data.datasets.base import ImageDataset
 from utils.errors import UserError
 
 _environments = {}  # path -> environment, open in this process
@@ -63,3 +69,24 @@ def _close_all():
 # A forked worker can neither use its parent's environment nor open a second one beside it, so none may be open then.
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_close_all)
+
+
+class Churches(ImageDataset):
+    """The centre of each image. LSUN's own validation set is held out."""
+
+    name = "churches"
+
+    def __init__(self, root, train, size, channels):
+        super().__init__(root, train, size, channels)
+        folder = f"church_outdoor_{'train' if train else 'val'}_lmdb"
+        path = os.path.join(root, folder)
+        if not is_lmdb(path):
+            raise UserError(f"data.root_dir='{root}' has no {folder}/data.mdb; set it to the folder that holds LSUN's "
+                            "unzipped church_outdoor_train_lmdb and church_outdoor_val_lmdb (see README, Datasets)")
+        self._reader = LmdbReader(path)
+        self.keys = self._reader.keys()
+        if not self.keys:
+            raise UserError(f"'{path}' is empty; unzip LSUN's {folder} again")
+
+    def _open(self, key):
+        return io.BytesIO(self._reader.get(key))

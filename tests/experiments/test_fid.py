@@ -20,11 +20,11 @@ from experiments.metrics.fid import (
     frechet_distance,
     kernel_distance,
     kid,
+    precision_recall,
     read_record,
     score,
     statistics,
 )
-from experiments.metrics.precision_recall import precision_recall
 from tests.data.layouts import picture
 
 WIDTH = 12  # features of the comparison; fewer than images, since clean-fid's root of a singular matrix is inexact

@@ -92,5 +92,5 @@ def test_time_adds_up_over_runs(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is not a folder; choose another folder"):
         ImageFolder(tmp_path / "file" / "below", 1, {})

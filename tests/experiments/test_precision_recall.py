@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.metrics import precision_recall as module
-from experiments.metrics.precision_recall import precision_recall
+from experiments.metrics import fid as module
+from experiments.metrics.fid import precision_recall
 from tests.reference import manifolds as reference
 
 

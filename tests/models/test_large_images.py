@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.coordinates import Coordinates
-from experiments.lib.timing import peak_memory
+from experiments.lib.benchmark_suites import peak_memory
 from models.interpolation import grid_to_points
 from models.large_images import Window, check_max_points
 from tests.models.tiny import draw, tiny_decoder, tiny_encoder

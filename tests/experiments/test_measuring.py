@@ -3,7 +3,7 @@ import types
 import pytest
 import torch
 
-from experiments.lib import timing
+from experiments.lib import benchmark_suites as timing
 
 CPU = torch.device("cpu")
 
