@@ -43,6 +43,7 @@ def autoencoder_config(img_size):
     train.amp = True
     train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
     train.compile = False
+    train.deterministic = False  # PyTorch's deterministic algorithms, slower on a GPU
     train.checkpoint_activations = False  # activation checkpointing: less memory, a third more time
     train.batch_size = 16  # images per update, over all ranks
     train.accumulation_steps = 1  # micro-batches per update on each rank, to use less memory
@@ -138,6 +139,7 @@ def latent_config():
     train.amp = True
     train.precision = "auto"
     train.compile = False
+    train.deterministic = False  # PyTorch's deterministic algorithms, slower on a GPU
     train.batch_size = 256
     train.accumulation_steps = 1
     train.sample_size = 16

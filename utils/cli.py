@@ -5,6 +5,7 @@ stopped by SIGTERM or SIGUSR1 after saving: start it again · 130 interrupted (t
 Of several ranks the first that fails prints its line and torchrun stops the others; torchrun's exit code is always 1.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -18,6 +19,9 @@ from utils import distributed
 from utils.errors import UserError
 from utils.shutdown import INTERRUPTED, Stopped
 
+LESS_MEMORY = ("to train, raise train.accumulation_steps, set train.checkpoint_activations=True or, last, lower "
+               "train.batch_size; to sample, lower train.sample_size, --max_points or --sample_img_size")
+
 
 def run(main, shared=False, several=()):
     """Parse the command line and call main().
@@ -29,9 +33,7 @@ def run(main, shared=False, several=()):
     for module, defined in flags.FLAGS.flags_by_module_dict().items():  # for --help, which lists the script's own flags
         for flag in defined if not module.startswith("absl.") else ():
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    for stream in (sys.stdout, sys.stderr):  # never fail at a character that the encoding of the terminal lacks
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _Output(sys.stdout, 1), _Output(sys.stderr, 2)
     try:
         distributed.start()
         if not shared and distributed.world_size() > 1:
@@ -44,8 +46,7 @@ def run(main, shared=False, several=()):
     except (flags.Error, UserError) as error:
         _fail(str(error))
     except torch.OutOfMemoryError as error:
-        _fail(f"out of GPU memory ({str(error).split('.')[0]}); lower train.batch_size, or --max_points and "
-              "train.sample_size when sampling", code=1)
+        _fail(f"out of GPU memory ({str(error).split('.')[0]}); {LESS_MEMORY}", code=1)
     except (OSError, FloatingPointError) as error:
         _fail(str(error), code=1)
     except Stopped as stopped:
@@ -56,8 +57,7 @@ def run(main, shared=False, several=()):
         _fail("interrupted; the same command continues from the last checkpoint or image", code=INTERRUPTED)
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # PyTorch's message when the host is out of memory
-            _fail("out of memory; lower train.batch_size, or --sample_img_size, --max_points and train.sample_size "
-                  "when sampling", code=1)
+            _fail(f"out of memory; {LESS_MEMORY}", code=1)
         if "DataLoader worker" in str(error):  # PyTorch's message when a worker is gone
             _fail("a worker that reads data was killed, perhaps because memory ran out; lower data.num_workers, or run "
                   "where there is more memory", code=1)
@@ -65,6 +65,34 @@ def run(main, shared=False, several=()):
         if reason is None:
             raise
         _fail(reason, code=1)
+
+
+class _Output:
+    """A standard stream that never fails: what cannot be written, because the stream is closed, is dropped, and
+    characters that its encoding lacks are replaced."""
+
+    def __init__(self, stream, number):
+        if stream is None:  # closed before Python started; another file must not get its number
+            stream = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(stream.fileno(), number)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        self._stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
 
 
 def point_to_report():
@@ -76,7 +104,7 @@ def point_to_report():
 
 def _parse(argv, several):
     try:
-        extra = flags.FLAGS(_joined([_with_home(word) for word in argv], several))[1:]
+        extra = flags.FLAGS(_one_word_each([_with_home(word) for word in argv], several))[1:]
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)
     except (AttributeError, KeyError) as error:  # from ml_collections, with the name and perhaps a similar one
@@ -92,16 +120,23 @@ def _with_home(word):
     return re.sub(r"(^|(?<=[=,]))~(?=/|$)", lambda _: os.path.expanduser("~"), word)
 
 
-def _joined(argv, several):
-    """argv with the words after each flag of `several`, up to the next flag, as one word, which absl requires."""
-    argv = list(argv)
-    for name in several:
-        if f"--{name}" in argv:
-            first = end = argv.index(f"--{name}") + 1
-            while end < len(argv) and not argv[end].startswith("--"):
-                end += 1
-            argv[first:end] = [" ".join(argv[first:end])]
-    return argv
+def _one_word_each(words, several):
+    """The command line as absl needs it: the value of each flag in `several` as one word, and of repeated config
+    fields only the last, because ml_collections would concatenate tuples."""
+    groups = []  # [flag, word, ...]
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    last = {group[0].split("=")[0]: group for group in groups}
+    result = []
+    for group in groups:
+        name = group[0].split("=")[0]
+        if group[0].removeprefix("--") in several:
+            group[1:] = [" ".join(group[1:])]
+        if "." not in name or last[name] is group:
+            result += group
+    return result
 
 
 def _fail(message, code=2):

@@ -6,6 +6,7 @@ The code that uses a name (a data set, a schedule, a backend) checks it.
 import difflib
 import json
 import math
+import os
 import re
 import runpy
 import traceback
@@ -21,6 +22,9 @@ from utils.errors import UserError
 
 MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
 MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
+
+MAX_NAME = 255  # bytes of a file name
+PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir")
 
 # Smallest allowed value of every number.
 AT_LEAST = {
@@ -203,7 +207,7 @@ def check_batch_fits(config, count, items):
 
 
 def _check(config, defaults, flag_name):
-    """UserError for a field that is unknown, missing, or of a wrong type or value."""
+    """Expand ~ in paths. UserError for a field that is unknown, missing, or of a wrong type or value."""
     for name, value in _leaves(config):
         default = _lookup(defaults, name)
         where = f"{flag_name}.{name}={value!r}"
@@ -224,9 +228,16 @@ def _check(config, defaults, flag_name):
     missing = [name for name, _ in _leaves(defaults) if isinstance(_lookup(config, name), (ConfigDict, type(None)))]
     if missing:
         raise UserError(f"--{flag_name} lacks {missing[0]}; start from a function of configs/defaults.py")
+    for name in PATHS:
+        section, field = name.split(".")
+        if field in config[section]:
+            config[section][field] = os.path.expanduser(config[section][field])
     experiment = config.run.experiment
-    if not Path(experiment).parts or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
-        raise UserError(f"{flag_name}.run.experiment={experiment!r} must be the name of a folder below run.output_dir")
+    parts = Path(experiment).parts
+    if not parts or Path(experiment).is_absolute() or ".." in parts or experiment == "None" or any(
+            len(os.fsencode(part)) > MAX_NAME for part in parts):
+        raise UserError(f"{flag_name}.run.experiment={experiment!r} must be the name of a folder below run.output_dir, "
+                        f"of at most {MAX_NAME} bytes and not None")
 
 
 def _leaves(config, prefix=""):

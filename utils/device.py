@@ -79,6 +79,12 @@ def _cpu_has_bf16():
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+def use_deterministic_algorithms():
+    """Switch to PyTorch's deterministic algorithms. It warns of an operation that has none on this device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def autocast(device, dtype):
     """Context of mixed precision: torch.autocast, or nothing for float32."""
     if dtype == torch.float32:

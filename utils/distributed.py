@@ -21,6 +21,7 @@ from torch import nn
 from utils.errors import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # longer than the evaluation that the other ranks wait for
+MEETING = datetime.timedelta(minutes=5)  # in which all ranks have to start
 _PATIENCE = 3  # seconds in which torchrun should stop a rank that failed because of another
 _store = None  # torchrun's key-value store, shared by all ranks
 _rounds = itertools.count()  # of deal(); the same on all ranks
@@ -47,18 +48,22 @@ def is_main():
 
 
 def start():
-    """Connect to the other ranks that torchrun has started. UserError if they cannot be reached."""
+    """Connect to the other ranks that torchrun, or a script that sets its variables, has started. UserError if they
+    cannot be reached."""
     global _store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not os.environ.get("WORLD_SIZE", "").strip() or _number("WORLD_SIZE") == 1:
         return
+    own, _, _ = _number("RANK"), _number("LOCAL_RANK"), _number("MASTER_PORT")
+    if own == 0 and not dist.is_torchelastic_launched():  # the variables may be left over
+        print(f"waiting for the {os.environ['WORLD_SIZE']} processes of WORLD_SIZE", file=sys.stderr)
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        int(os.environ["LOCAL_RANK"])
+        store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but the other ranks cannot be reached ({error}); "
-                        "start them with torchrun, or unset WORLD_SIZE") from error
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but the other processes cannot be reached ({error}); "
+                        "start them with torchrun, or unset WORLD_SIZE to use one") from error
     _store = dist.PrefixStore("infty_diff", store)
     show = sys.excepthook
 
@@ -68,6 +73,14 @@ def start():
         leave(1)
 
     sys.excepthook = show_and_leave
+
+
+def _number(name):
+    text = os.environ.get(name, "")
+    if not text.strip().isdigit() or name == "WORLD_SIZE" and int(text) == 0:
+        raise UserError(f"{name}={text!r} in the environment must be a whole number; start several processes with "
+                        "torchrun, or unset WORLD_SIZE to use one")
+    return int(text)
 
 
 def leave(code=0):

@@ -57,7 +57,7 @@ def check_output_file(path, flag):
 def read_json(path):
     """The dict in a JSON file; {} if the file is missing or holds something else."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,12 +1,13 @@
-"""Graceful shutdown on SIGTERM, SIGUSR1 and SIGINT."""
+"""Graceful shutdown on SIGTERM, SIGUSR1, SIGHUP and SIGINT."""
 
+import contextlib
 import os
 import signal
 
 from utils import distributed
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-REQUEUE = 75  # exit code after SIGTERM or SIGUSR1: EX_TEMPFAIL of sysexits.h, try again
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+REQUEUE = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: EX_TEMPFAIL of sysexits.h, try again
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 
@@ -20,12 +21,14 @@ class Stopped(Exception):
 
 class StopRequest:
     """`with StopRequest() as request:` keeps the first signal in request.signal (None until then), so that the current
-    step can be finished and saved. A further Ctrl-C ends the process at once."""
+    step can be finished and saved. A further Ctrl-C ends the process at once. Signals that are ignored, such as SIGHUP
+    under nohup, stay ignored."""
 
     signal = None
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
+                        if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):
@@ -53,4 +56,5 @@ def exit_code(stop):
 
 def _say(text):
     """Print a line from a signal handler, which must not use Python's buffered streams."""
-    os.write(2, f"\n{text}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal is gone
+        os.write(2, f"\n{text}\n".encode())

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from utils import distributed, rng
 from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights, to_host
 from utils.config import changed_fields, run_dir
-from utils.device import autocast, peak_memory_gb, resolve_dtype
+from utils.device import autocast, peak_memory_gb, resolve_dtype, use_deterministic_algorithms
 from utils.errors import UserError
 from utils.files import check_writable, remove_leftovers, try_lock, write_json
 from utils.logging import RunLog, evaluated, read_metrics
@@ -35,14 +35,18 @@ class Trainer:
 
     A script calls train(). A benchmark needs only the constructor and training_step(): neither reads nor writes a file.
 
-    A run that is killed and restarted with the same command produces bit-identical weights and metrics: batches and
-    random draws are functions of the step, and the checkpoint holds everything else.
+    A run that is killed and restarted with the same command produces bit-identical weights and metrics on a CPU:
+    batches and random draws are functions of the step, and the checkpoint holds everything else. On a GPU the gradients
+    of cuDNN's convolutions and of flash attention use atomic additions, whose order varies from run to run;
+    train.deterministic=True selects PyTorch's deterministic algorithms instead.
     """
 
     def __init__(self, config, kind, modules, loss, device, state=None, after_step=lambda: None, facts=None, source="",
                  filename="checkpoint.pt", best=None, best_from=0):
         train = config.train
         self.config, self.kind, self.device = config, kind, device
+        if train.deterministic:
+            use_deterministic_algorithms()
         self.modules = modules.to(device).train()
         self.loss = distributed.data_parallel(loss, self.modules)
         self.state, self.after_step = state or {}, after_step

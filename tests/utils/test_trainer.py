@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -369,12 +370,13 @@ def test_a_signal_interrupts_sampling_and_the_same_command_repeats_it(tmp_path, 
     assert [line["step"] for line in lines_of(tmp_path) if "v" in line] == steps
 
 
-def test_a_signal_during_a_step_comes_before_the_evaluation_of_that_step(tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_a_signal_during_a_step_comes_before_the_evaluation_of_that_step(tmp_path, name, code):
     validated = []
 
     def loss(modules, batch, step):
         if step == 1:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(getattr(signal, name))
         return simple_loss(modules, batch, step)
 
     def validate(modules):
@@ -382,9 +384,9 @@ def test_a_signal_during_a_step_comes_before_the_evaluation_of_that_step(tmp_pat
         return {"v": 1.0}
 
     trainer = make_trainer(tmp_path, 4, loss=loss, validate=validate)
-    with pytest.raises(Stopped, match="after step 2"):
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 2") as stopped:
         trainer.train()
-    assert validated == []
+    assert stopped.value.code == code and validated == []
     trainer = make_trainer(tmp_path, 4, validate=validate)
     trainer.train()
     assert validated == [2, 2, 4, 4]
@@ -417,6 +419,33 @@ def test_a_signal_after_everything_is_done_changes_nothing(tmp_path):
     trainer._evaluate = evaluate_and_send
     trainer.train()  # does not raise Stopped: the same command would have nothing to do
     assert sent == [signal.SIGTERM] and load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As SIGHUP under nohup."""
+    def loss(modules, batch, step):
+        signal.raise_signal(signal.SIGHUP)
+        return simple_loss(modules, batch, step)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = make_trainer(tmp_path, 2, loss=loss)
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.step == 2
+
+
+def test_deterministic_algorithms_are_used_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    make_trainer(tmp_path, 1)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        make_trainer(tmp_path, 1, train__deterministic=True).train()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_seconds_add_up_over_starts_and_leave_out_evaluation(tmp_path, monkeypatch):
