@@ -59,7 +59,7 @@ class FirstImages(Subset):
 
     def __init__(self, dataset, count):
         super().__init__(dataset, range(min(count, len(dataset))))
-        self.name, self.size, self.in_memory = dataset.name, dataset.size, dataset.in_memory
+        self.name, self.size, self.train, self.in_memory = dataset.name, dataset.size, dataset.train, dataset.in_memory
 
     def fingerprint(self):
         return f"{self.dataset.fingerprint()} {len(self)}"

@@ -37,7 +37,7 @@ def ablated(tmp_path_factory):
         patch.setattr(gaussian_diffusion, "log_snr_timesteps",
                       lambda betas, count, flag: chosen.append(count) or log_snr_timesteps(betas, count, flag))
         result = run_script(*command)
-    assert chosen == [2, 2]
+    assert set(chosen) == {2}
     return folder / "out", command, result
 
 

@@ -143,7 +143,7 @@ def test_scores_against_the_data_set_of_a_config(run, config, samples, tmp_path)
     distance, num_samples, num_real, kid, error, precision, recall = check_line(result)
     assert distance > 10 and num_samples == 6 and num_real == 7  # one of the eight is held out
     assert "6 samples and 7 real images: below 10000 the Fréchet distance is biased" in result.err
-    assert "img/s" in result.err and "32x32" not in result.err
+    assert "img/s" in result.err and "samples are 32x32" not in result.err
     record = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert record["score"] == "FD_efficientnet_lite0" and record["value"] == pytest.approx(distance, abs=0.006)
     assert record["kid"] == pytest.approx(kid, abs=6e-5)

@@ -24,9 +24,9 @@ EXPORT, SUPER_RESOLUTION = "experiments/export_weights.py", "experiments/super_r
 
 def test_a_run_folder_holds_what_it_should(trained):
     run, sampler = (trained[0] / "checkpoints" / name for name in ("tiny", "tiny_sampler"))
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {".lock"} == {
         "checkpoint.pt", "best_checkpoint.pt", "config.json", "metrics.jsonl", "images"}
-    assert {path.name for path in sampler.iterdir()} == {
+    assert {path.name for path in sampler.iterdir()} - {".lock"} == {
         "latent_checkpoint.pt", "best_latent_checkpoint.pt", "latents.pt", "config.json", "metrics.jsonl", "images"}
     assert {path.name for path in (run / "images").iterdir()} == {
         "reconstructions_0000004.png", "samples_0000004.png"}
