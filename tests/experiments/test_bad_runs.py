@@ -278,4 +278,4 @@ def test_running_out_of_memory_is_one_line(place, monkeypatch):
     monkeypatch.setattr(TrainedAutoencoder, "encode", lambda *_: torch.empty(2**50))
     result = run_script(RECONS, CONFIG, "--sampling_steps=3")
     assert result.code == 1
-    assert result.err.splitlines()[-1].startswith("error: out of memory; lower train.batch_size, or --sample_img_size")
+    assert result.err.splitlines()[-1].startswith("error: out of memory; to train, raise train.accumulation_steps")
