@@ -21,14 +21,14 @@ class Stopped(Exception):
 
 class StopRequest:
     """`with StopRequest() as request:` keeps the first signal in request.signal (None until then), so that the current
-    step can be finished and saved. A further Ctrl-C ends the process at once. Signals that are ignored, such as SIGHUP
-    under nohup, stay ignored."""
+    step can be finished and saved. A further Ctrl-C ends the process at once. A SIGHUP that is ignored, as under nohup,
+    stays ignored."""
 
     signal = None
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
-                        if signal.getsignal(number) != signal.SIG_IGN}
+                        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):
