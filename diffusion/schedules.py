@@ -85,6 +85,7 @@ def half_log_snr(alpha_bar):
 
 
 def check_count(total, count, flag):
+    """UserError unless the number of sampling steps lies between 1 and the steps of the chain."""
     if not 1 <= count <= total:
         raise UserError(f"{flag}={count} must lie between 1 and diffusion.steps={total}")
 
