@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from absl import flags
 
+from data.datasets import reading
 from data.images import read_image
 from data.loader import to_float
 from diffusion.guidance import Constraint, guided_ddim
@@ -67,7 +68,7 @@ def main():
     autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
     images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
     total, _, *size = images.shape
-    known = make_masks(MASK.value, size, range(total), cfg.run.seed)
+    known = make_masks(MASK.value, size, range(total), cfg.run.seed, **reading(cfg.data))
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
         raise UserError(f"--mask={MASK.value} leaves fewer known pixels than model.knn_neighbours="
                         f"{cfg.model.knn_neighbours}; use another mask")

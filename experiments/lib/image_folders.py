@@ -5,12 +5,12 @@ The images of a folder, or the held-out ones of a config, also serve as inputs o
 
 import functools
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import build_dataset, log_images, reading
@@ -19,12 +19,10 @@ from data.loader import to_float
 from utils import distributed
 from utils.checkpoint import digest
 from utils.errors import UserError
-from utils.files import check_writable, read_json, replacing
+from utils.files import check_writable, read_json, write_json
 from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-
-PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the last chunk
 
 
 class ImageFolder:
@@ -47,7 +45,7 @@ class ImageFolder:
         return self.path / f"{index:05d}.png"
 
     def missing_batches(self, batch_size, evaluations=1, along=()):
-        """Yield (at most batch_size indices of missing or truncated images, progress), under a progress bar.
+        """Yield (at most batch_size indices of missing or damaged images, progress), under a progress bar.
 
         progress    to be called with 1 after each of the `evaluations` of a batch
         along       ImageFolders that are filled in the same loop; an image that is missing there is made again, too
@@ -101,18 +99,17 @@ class ImageFolder:
             raise UserError(f"{self._record} is not readable ({error}); remove the folder and sample again") from error
 
     def _write(self):
-        with replacing(self._record) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+        write_json(self._record, self.settings)
 
 
 def _is_whole(path):
-    """True if the PNG file is there and was written to its end."""
+    """True if the PNG file is there and the checksums of its parts are right, which takes 0.1 ms per 256² image."""
     try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:
+        with Image.open(path) as image:
+            image.verify()
+    except UNREADABLE:
         return False
+    return True
 
 
 def _advance(bar, images, evaluations):

@@ -13,7 +13,7 @@ STROKES, CORNERS, STROKE_WIDTH = 4, 4, 1 / 9  # per mask, per stroke, and as a s
 KNOWN_SHARE = 1 / 4  # of the pixels of a mask of kind "pixels"
 
 
-def make_masks(kind, size, indices, seed):
+def make_masks(kind, size, indices, seed, **reading):
     """bool [N, 1, H, W], True for known pixels, for the images with these global indices.
 
     kind   centre    the middle half of each axis is unknown
@@ -21,6 +21,7 @@ def make_masks(kind, size, indices, seed):
            strokes   random brush strokes are unknown, different ones in each image
            pixels    a random quarter of the pixels is known, another one in each image
            path      an image file of this size; pixels nearer to white than to black are unknown
+    reading   further arguments of data.images.read_image, for a file
     Raises UserError if there is no such mask, or if it leaves nothing known or nothing unknown.
     """
     height, width = size
@@ -36,7 +37,7 @@ def make_masks(kind, size, indices, seed):
         coords = Coordinates.random(len(indices), size, count, generator=_generators(indices, seed))
         known = coords.scatter(torch.ones(len(indices), count, 1)) > 0
     else:
-        known[:] = _read(kind, size)
+        known[:] = _read(kind, size, reading)
     if known.all() or not known.any():
         raise UserError(f"--mask={kind} leaves {'nothing unknown' if known.all() else 'nothing known'}; white pixels "
                         "are unknown, black ones known")
@@ -58,11 +59,11 @@ def _strokes(size, generator):
     return to_tensor(image) <= 127
 
 
-def _read(path, size):
+def _read(path, size, reading):
     try:
-        mask = read_image(path, channels=1)
+        mask = read_image(path, channels=1, **reading)
     except UNREADABLE as error:
-        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor a readable 8-bit image "
+        raise UserError(f"--mask={path} is neither one of {', '.join(KINDS)} nor a readable image "
                         f"({error})") from error
     height, width = mask.shape[1:]
     if (height, width) != tuple(size):

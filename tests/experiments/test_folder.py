@@ -30,11 +30,12 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     assert (read_image(tmp_path / "00004.png") == round(127.5 * 1.4)).all()
 
 
-@pytest.mark.parametrize("kept", [0, 30, -1])
-def test_truncated_images_are_made_again(tmp_path, kept):
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:30], lambda png: png[:-20],
+                                    lambda png: png[:45] + bytes([png[45] ^ 1]) + png[46:]])
+def test_truncated_and_changed_images_are_made_again(tmp_path, damage):
     fill(ImageFolder(tmp_path, 3, {}))
     whole = (tmp_path / "00001.png").read_bytes()
-    (tmp_path / "00001.png").write_bytes(whole[:kept])
+    (tmp_path / "00001.png").write_bytes(damage(whole))
     assert fill(ImageFolder(tmp_path, 3, {})) == [[1]]
     assert (tmp_path / "00001.png").read_bytes() == whole
 

@@ -11,8 +11,8 @@ from utils.errors import UserError
 SIZES = [(32, 32), (17, 24), (16, 90)]
 
 
-def unknown(kind, size=(32, 32), indices=range(4), seed=0):
-    masks = make_masks(kind, size, indices, seed)
+def unknown(kind, size=(32, 32), indices=range(4), seed=0, **reading):
+    masks = make_masks(kind, size, indices, seed, **reading)
     assert masks.shape == (len(indices), 1, *size) and masks.dtype == torch.bool
     return ~masks
 
@@ -46,12 +46,13 @@ def test_a_random_mask_is_a_function_of_the_seed_and_the_index(kind):
     assert not torch.equal(found[0], found[1]) and not torch.equal(found, unknown(kind, indices=[3, 5, 8], seed=1))
 
 
-def test_a_mask_of_unknown_white_is_refused(tmp_path):
+def test_a_mask_whose_white_is_in_doubt_is_refused_until_it_is_given(tmp_path):
     deep = np.zeros((16, 24), dtype=np.uint16)
     deep[:4] = 300
     Image.fromarray(deep).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="nor a readable 8-bit image .*its brightest pixel is 300"):
+    with pytest.raises(UserError, match="nor a readable image .*its brightest pixel is 300.*data.white_level"):
         unknown(str(tmp_path / "mask.png"), (16, 24))
+    assert (unknown(str(tmp_path / "mask.png"), (16, 24), white_level=400) == torch.from_numpy(deep > 0)).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "1"])
