@@ -31,7 +31,7 @@ def autoencoder_config(img_size):
     data.num_functions = 10_000  # training set: functions 0, 1, …
     data.num_heldout_functions = 512  # held-out set: the next functions
     data.img_size = img_size
-    data.channels = 3
+    data.channels = 3  # or 1; any number for functions
     data.background = "white"  # colour under transparent pixels
     data.white_level = 0.0  # white in grey images of more than 8 bits; 0: as the files declare
     data.fid_samples = 50_000

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from utils.images import CHANNELS
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WHITE = "white"
 DARK = 1 / 16  # brightest pixel, as a share of white, below which the declared white of deep pixels is doubted
@@ -57,12 +59,17 @@ def read_image(source, channels=None, background=WHITE, white_level=0.0):
     """One image as uint8 [C, H, W], turned as its EXIF orientation says.
 
     source       path, or binary file object
-    channels     1 (grey) or 3 (RGB); None: 1 if the file is grey, else 3
+    channels     1 (grey) or 3 (RGB); None: 1 if the file is grey, else 3. Files of utils.images.save_png with another
+                 number of channels have that number
     background   colour under transparent pixels, a name or code that Pillow knows
     white_level  white in grey images of more than 8 bits; 0: as the file declares
     Raises one of UNREADABLE if the file cannot be read, or if white is unknown.
     """
-    return to_tensor(_open(source, channels, background, white_level))
+    image = _open(source, channels, background, white_level)
+    beside, pixels = _channels_beside(image), to_tensor(image)
+    if channels not in (None, 1, 3, beside):
+        raise ValueError(f"it does not hold {channels} channels")
+    return pixels if beside == 1 else torch.stack(pixels[0].chunk(beside, dim=-1))
 
 
 def load_image(source, size, channels, background=WHITE, white_level=0.0):
@@ -80,7 +87,13 @@ def read_header(source):
         # Pillow's size of a TIFF takes the orientation into account in some versions
         width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
         sideways = exif.get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
+        width //= _channels_beside(image)
         return (width, height) if sideways else (height, width), image.has_transparency_data
+
+
+def _channels_beside(image):
+    """The number of channels that utils.images.save_png put side by side."""
+    return int(image.info.get(CHANNELS, 1))
 
 
 def _open(source, channels, background, white_level):
@@ -123,7 +136,7 @@ def to_mode(image, channels, background=WHITE):
     """The Pillow image of 8-bit pixels as grey (channels 1) or RGB (3), on the background if it is transparent."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
-    return image.convert({1: "L", 3: "RGB"}[channels])
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 def fit(image, size):

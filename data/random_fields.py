@@ -20,24 +20,54 @@ MODES = 32  # per axis
 TAU = 10.0  # 1/τ is the correlation length
 SMOOTHNESS = 1.0  # ν
 DEVIATION = 0.2  # of a value, averaged over [0, 1]²; twice that in a corner. About 3 in 10⁵ values are clipped to ±1
+POISSON = 20.0  # gives a and u about the same deviation
 
 
 def gaussian_field(positions, index):
     """Values [..., 1] in [−1, 1] of field `index` at positions float [..., 2], (x, y)."""
-    drawn = torch.randn(MODES, MODES, generator=rng.generator("cpu", "gaussian field", index))
-    coefficients = (drawn * spectrum().sqrt()).to(positions.dtype)
-    x, y = positions.unbind(-1)
-    values = (_cosines(y) @ coefficients * _cosines(x)).sum(-1, keepdim=True)
-    return values.clamp(-1, 1)
+    return _values(_coefficients(index)[None], positions)
+
+
+def poisson_pair(positions, index):
+    """Values [..., 2] in [−1, 1] of field `index`, a, and of the solution u of −Δu = POISSON (a − mean of a) at
+    positions float [..., 2], (x, y).
+
+    The boundary condition is Neumann's and the mean of u is 0, so u_k = POISSON a_k / (π²|k|²). A model of the pair
+    recovers a from u, or u from a (docs/inverse_problems.md).
+    """
+    a = _coefficients(index)
+    return _values(torch.stack([a, POISSON * inverse_laplacian() * a]), positions)
 
 
 @functools.cache
 def spectrum():
     """S(k), the variances of the coefficients, float32 [MODES, MODES], k1 (along y) first; they sum to DEVIATION²."""
-    k = torch.arange(MODES, dtype=torch.float64)
-    squared = k[:, None] ** 2 + k**2
-    power = (math.pi**2 * squared + TAU**2) ** (-SMOOTHNESS - 1)
+    power = (_wavenumbers() + TAU**2) ** (-SMOOTHNESS - 1)
     return (power * (DEVIATION**2 / power.sum())).float()
+
+
+def inverse_laplacian():
+    """(π²|k|²)⁻¹, 0 for k = 0, float32 [MODES, MODES]: the inverse of −Δ on functions of mean 0."""
+    squared = _wavenumbers()
+    return torch.where(squared > 0, 1 / squared, 0).float()
+
+
+def _wavenumbers():
+    """π²|k|², float64 [MODES, MODES]."""
+    k = math.pi * torch.arange(MODES, dtype=torch.float64)
+    return k[:, None] ** 2 + k**2
+
+
+def _coefficients(index):
+    drawn = torch.randn(MODES, MODES, generator=rng.generator("cpu", "gaussian field", index))
+    return drawn * spectrum().sqrt()
+
+
+def _values(coefficients, positions):
+    """Σ_k c_k ψ_k1(y) ψ_k2(x), clipped, [..., C] for coefficients [C, MODES, MODES]."""
+    x, y = (_cosines(u) for u in positions.unbind(-1))
+    values = [(y @ one.to(positions.dtype) * x).sum(-1) for one in coefficients]
+    return torch.stack(values, dim=-1).clamp(-1, 1)
 
 
 def _cosines(u):

@@ -79,7 +79,8 @@ def main():
     configs = {variant.experiment: variant.config(base, output) for variant in variants}
     heldout = FirstImages(build_dataset(base, train=False), NUM_SAMPLES.value)
     check_runs(base, configs.values(), heldout, SAMPLING_STEPS.value, SAMPLER.value)
-    network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value)
+    network = build_feature_model(FEATURE_MODEL.value, resolve_device(base.run.device), WEIGHTS.value, DOWNLOAD.value,
+                                  base.data.channels)
     check_settings(output / "settings.json", base)
     log_images(build_dataset(base, train=True), heldout.dataset)
 

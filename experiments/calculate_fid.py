@@ -64,7 +64,8 @@ def main():
     if given and len(given) < (NUM_SAMPLES.value or 0):
         raise UserError(f"--num_samples={NUM_SAMPLES.value}, but --samples={SAMPLES.value} has only {len(given)} "
                         "images; make more or lower it")
-    model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value)
+    model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value,
+                                data.channels)
     crop_size = CROP_SIZE.value or model.size
     size = given.size if given else config.parse_image_size(OPTIONS.size.value, data.img_size)
     count = len(given) if given else NUM_SAMPLES.value or (latent or autoencoder).data.fid_samples

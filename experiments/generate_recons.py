@@ -18,6 +18,7 @@ from data.loader import all_batches
 from experiments.lib.image_folders import ImageFolder
 from experiments.lib.sampling import (
     TrainedAutoencoder,
+    arrays_flag,
     inv_snr_flag,
     max_points_flag,
     sampler_flag,
@@ -34,7 +35,7 @@ SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "images to r
 SIZE, SAMPLER, STEPS = size_flag("the reconstructions"), sampler_flag(), steps_flag()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "largest number of images; default: data.fid_samples",
                                    lower_bound=1)
-INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
+INV_SNR, MAX_POINTS, ARRAYS = inv_snr_flag(), max_points_flag(), arrays_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
 
 
@@ -52,10 +53,10 @@ def main():
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{size[0]}x{size[1]}")
     total = min(NUM_SAMPLES.value or cfg.data.fid_samples, len(dataset))
     origin = {"split": SPLIT.value, "data": dataset.fingerprint()}
-    originals = ImageFolder(output / "originals", total, origin, output)
+    originals = ImageFolder(output / "originals", total, origin, output, ARRAYS.value)
     reconstructions = ImageFolder(output / "reconstructions", total, {
         **origin, "size": list(size), "seed": cfg.run.seed, "sampler": autoencoder.sampler, "steps": autoencoder.steps,
-        "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output)
+        "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output, ARRAYS.value)
 
     for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, autoencoder.steps, [originals]):
         images, _ = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from experiments.lib.sampling import define_sampling_flags, make_samples
+from experiments.lib.sampling import arrays_flag, define_sampling_flags, make_samples
 from utils import cli, config, distributed
 
 CONFIG = config.define_config_flag("config", "latent config, for example configs/ffhq_latent_config.py, or config of a "
@@ -26,13 +26,15 @@ OPTIONS = define_sampling_flags()
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "number of images; default: data.fid_samples", lower_bound=1)
 WINDOW = flags.DEFINE_string("window", None, "x0 y0 x1 y1, fractions of the image: sample this part only, at the "
                              "resolution of --sample_img_size")
+ARRAYS = arrays_flag()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: samples/<experiment>_<size>")
 
 
 def main():
     latent, autoencoder = config.read_trained_stages(CONFIG, DECODER_CONFIG)
     autoencoder = autoencoder or config.read_trained_autoencoder_config(DECODER_CONFIG)
-    folder = make_samples(latent, autoencoder, OPTIONS, NUM_SAMPLES.value, OUTPUT.value, WINDOW.value)
+    folder = make_samples(latent, autoencoder, OPTIONS, NUM_SAMPLES.value, OUTPUT.value, WINDOW.value,
+                          ARRAYS.value)
     if distributed.is_main():
         print(f"{folder.total} images in {folder.path}")
 

@@ -43,7 +43,7 @@ def main():
     check_writable(output, f"--output={output}")
     mollifier = build_diffusion(cfg).mollifier
     band = last_wavenumber(mollifier)
-    folders = [SampleFolder(name) for name in SAMPLES.value]
+    folders = [SampleFolder(name, channels=cfg.data.channels) for name in SAMPLES.value]
     log_images(*folders)
     rows = [compare(folder, cfg, mollifier, band) for folder in folders]
 
@@ -68,7 +68,7 @@ def compare(samples, cfg, mollifier, band):
                         f"needed, but there are {len(images)}; set data.num_heldout_functions, or give fewer samples")
     exact = to_float(images)
     filtered = to_float(to_uint8(mollifier.sharpen(mollifier.blur(exact)).clamp(-1, 1)))
-    pixels = torch.stack([samples[i][:cfg.data.channels] for i in range(count)])
+    pixels = torch.stack(list(samples))
     generated, true, other = (radial_spectrum(part) for part in (to_float(pixels), filtered[:count], filtered[count:]))
     distance, bias = log_ratio(generated, true, band)
     spectra = {"generated": generated, "true": true, "true_unfiltered": radial_spectrum(exact)}

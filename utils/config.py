@@ -29,7 +29,7 @@ PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir")
 # Smallest allowed value of every number.
 AT_LEAST = {
     "run.seed": 0,
-    "data.img_size": 16, "data.fid_samples": 1, "data.num_workers": 0, "data.white_level": 0.0,
+    "data.img_size": 16, "data.channels": 1, "data.fid_samples": 1, "data.num_workers": 0, "data.white_level": 0.0,
     "data.num_functions": 1, "data.num_heldout_functions": 1,
     "train.batch_size": 1, "train.accumulation_steps": 1, "train.sample_size": 1, "train.max_steps": 1,
     "train.plot_graph_steps": 1, "train.plot_samples_steps": 0, "train.validate_steps": 1, "train.checkpoint_steps": 1,
@@ -53,7 +53,6 @@ ONE_OF = {
     "optimizer.decay": ("none", "cosine"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.nonfinite": ("stop", "skip"),
-    "data.channels": (1, 3),
     "diffusion.objective": ("ddpm", "flow", "few_step"),
     "diffusion.noise_schedule": ("cosine", "linear", "shifted_cosine", "const0.008"),
     "diffusion.schedule_sampler": ("uniform", "loss-second-moment"),
@@ -172,6 +171,9 @@ def check_autoencoder_config(config, name):
     if not config.model.knn_neighbours <= q_sample <= pixels:
         raise UserError(f"{name}.mc_integral.q_sample={q_sample} must lie between {config.model.knn_neighbours}, "
                         f"model.knn_neighbours, and {pixels}, the pixels of data.img_size={config.data.img_size}")
+    if config.data.name != "function" and config.data.channels not in (1, 3):
+        raise UserError(f"{name}.data.channels={config.data.channels} must be 1 or 3 with data.name="
+                        f"{config.data.name!r}; only functions have another number of channels")
     if config.model.kernel_size % 2 == 0:
         raise UserError(f"{name}.model.kernel_size={config.model.kernel_size} must be odd")
     if config.model.stochastic_encoding and not config.model.z_dim:

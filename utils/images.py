@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from utils.files import replacing
+
+CHANNELS = "channels side by side"  # key of a PNG's text chunk with their number
 
 
 def to_uint8(images):
@@ -13,15 +16,20 @@ def to_uint8(images):
 
 
 def to_pil(image):
-    """One uint8 image [C, H, W] (1 or 3 channels) as a Pillow image."""
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else np.ascontiguousarray(array))
+    """One uint8 image [C, H, W] as a Pillow image: RGB for 3 channels, else grey, with the channels side by side."""
+    if len(image) == 3:
+        return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    return Image.fromarray(torch.cat([*image], dim=1).numpy())
 
 
 def save_png(image, path):
-    """Write one uint8 image [C, H, W]; the file appears whole or not at all."""
+    """Write one uint8 image [C, H, W], of which data.images.read_image returns all channels; the file appears whole or
+    not at all."""
+    info = PngInfo()
+    if len(image) not in (1, 3):
+        info.add_text(CHANNELS, str(len(image)))
     with replacing(path) as temporary:
-        to_pil(image).save(temporary, format="PNG")
+        to_pil(image).save(temporary, format="PNG", pnginfo=info)
 
 
 def tile(images, columns):

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from data.loader import to_float
 from utils import distributed
 from utils.checkpoint import digest
 from utils.errors import UserError
-from utils.files import check_writable, read_json, write_json
+from utils.files import check_writable, read_json, replacing, write_json
 from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -29,12 +30,13 @@ class ImageFolder:
     """`total` images 00000.png, 00001.png, … in `path`, and their `settings` (plain data) in settings.json.
 
     output    value of --output, for messages, if `path` is one of several folders in it
+    arrays    write 00000.npy, … as well
     Raises UserError if the folder holds images made with other settings, or cannot be written.
     Several ranks share the work; the main one keeps the record.
     """
 
-    def __init__(self, path, total, settings, output=None):
-        self.path, self.total, self.settings = Path(path), total, settings
+    def __init__(self, path, total, settings, output=None, arrays=False):
+        self.path, self.total, self.settings, self.arrays = Path(path), total, settings, arrays
         self.output = output or path
         self._record = self.path / "settings.json"
         if distributed.is_main():  # the others wait for it in missing_batches
@@ -53,7 +55,7 @@ class ImageFolder:
         """
         missing = distributed.from_main(
             lambda: [index for index in range(self.total)
-                     if not all(_is_whole(folder.file(index)) for folder in (self, *along))])
+                     if not all(folder.holds(index) for folder in (self, *along))])
         batch_size = min(batch_size, -(-len(missing) // distributed.world_size())) or 1  # work for every rank
         main = distributed.is_main()
         with tqdm(total=self.total, initial=self.total - len(missing), unit="image", desc=str(self.path),
@@ -68,9 +70,18 @@ class ImageFolder:
         distributed.barrier()
 
     def save(self, indices, images):
-        """Write float images [B, C, H, W] in [−1, 1] as 8-bit PNGs under their indices."""
-        for index, image in zip(indices, to_uint8(images), strict=True):
-            save_png(image, self.file(index))
+        """Write float images [B, C, H, W] in [−1, 1] as 8-bit PNGs under their indices; `arrays` are float32, as given.
+        """
+        for index, image in zip(indices, images, strict=True):
+            if self.arrays:
+                with replacing(self.file(index).with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+                    np.save(file, image.float().cpu().numpy())
+            save_png(to_uint8(image), self.file(index))
+
+    def holds(self, index):
+        """True if all files of image `index` are there, and the PNG is undamaged."""
+        file = self.file(index)
+        return _is_whole(file) and (not self.arrays or file.with_suffix(".npy").exists())
 
     def load(self):
         """All images, float32 [N, C, H, W] in [−1, 1]."""
@@ -120,7 +131,7 @@ class SampleFolder:
     """The first `count` images of a folder and the folders below it, by relative path; all of them without count.
 
     flag      name of the flag that gave the folder, for messages
-    channels  1 or 3
+    channels  as data.images.read_image
     reading   further arguments of data.images.read_image
     Item i is the uint8 tensor [C, H, W] of image i. `size` is the (H, W) that the images share, and `settings` how a
     script of this project made them ({} for other folders).

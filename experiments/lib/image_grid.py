@@ -16,7 +16,8 @@ def labelled_grid(columns):
     columns   {label: list of uint8 [C, H, W]}; every image is resized, without interpolation, to the largest size, or
               to a multiple of it that is at least MIN_WIDTH wide
     """
-    height, width = (max(image.shape[dim] for images in columns.values() for image in images) for dim in (1, 2))
+    columns = {label: [to_pil(image) for image in images] for label, images in columns.items()}
+    width, height = map(max, zip(*(image.size for images in columns.values() for image in images), strict=True))
     factor = -(-MIN_WIDTH // width)
     cell = (width * factor, height * factor)
     rows = max(map(len, columns.values()))
@@ -26,7 +27,7 @@ def labelled_grid(columns):
         draw.text((column * cell[0] + 3, 2), label, fill="black")
         for row, image in enumerate(images):
             place = (column * cell[0], LABEL_HEIGHT + row * cell[1])
-            grid.paste(to_pil(image).resize(cell, Image.Resampling.NEAREST), place)
+            grid.paste(image.resize(cell, Image.Resampling.NEAREST), place)
     return grid
 
 

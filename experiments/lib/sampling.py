@@ -73,6 +73,12 @@ def input_flag():
     return flags.DEFINE_string("input", None, "folder of images of one size, instead of held-out images")
 
 
+def arrays_flag():
+    """--save_npy"""
+    return flags.DEFINE_bool("save_npy", False, "write 00000.npy, … as well: float32 [C, H, W], before "
+                             "rounding to 8 bits")
+
+
 def check_eta(eta, sampler, cfg):
     """UserError if the flag --eta is set for a sampler other than ddim; sampler: the flag --sampler."""
     name = resolve_sampler(cfg, sampler.value)
@@ -181,7 +187,7 @@ def define_sampling_flags():
         max_points_flag())
 
 
-def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
+def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arrays=False):
     """Samples 0 to total − 1 of a trained pair of models, as an ImageFolder; existing images are kept.
 
     cfg, decoder_cfg   checked configs of the latent model (None if there is no encoder) and of the autoencoder
@@ -189,6 +195,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
     total              number of samples; None: data.fid_samples of cfg
     output             the folder; None: samples/<experiment>_<height>x<width>[_<window>]
     window             "x0 y0 x1 y1", fractions of the image: sample this part only
+    arrays             write float32 arrays as well
     Image i is a function of run.seed and i: it does not depend on the batch size or on interruptions.
     """
     if cfg is not None:
@@ -223,7 +230,7 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None):
         draw_latents, made = latent_source(cfg, autoencoder, options.latent_sampler.value, options.latent_steps.value)
         settings |= made
 
-    folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings)
+    folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings, arrays=arrays)
     for indices, progress in folder.missing_batches(own.train.sample_size, autoencoder.steps):
         generators = autoencoder.generators(indices, "image")
         folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,

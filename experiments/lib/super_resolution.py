@@ -39,7 +39,9 @@ def _larger(input_size, result_size):
 def interpolations(inputs, size, constraint):
     """{method: images float [B, C, H, W]} for uint8 inputs: Pillow's bicubic and Lanczos interpolation and, as
     `backprojected`, the image nearest to the bicubic one that meets the constraint."""
-    images = {name: to_float(torch.stack([to_tensor(to_pil(image).resize(size[::-1], method)) for image in inputs]))
+    channels = [to_pil(channel[None]) for channel in inputs.flatten(0, 1)]
+    images = {name: to_float(torch.cat([to_tensor(channel.resize(size[::-1], method)) for channel in channels])
+                             .unflatten(0, inputs.shape[:2]))
               for name, method in (("bicubic", Resampling.BICUBIC), ("lanczos", Resampling.LANCZOS))}
     return {**images, "backprojected": constraint.enforce(images["bicubic"].to(constraint.data.device))}
 

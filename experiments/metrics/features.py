@@ -59,13 +59,18 @@ class FeatureModel(NamedTuple):
     sha256: str
 
 
-def build_feature_model(name, device="cpu", weights=None, download=False):
+def build_feature_model(name, device="cpu", weights=None, download=False, channels=3):
     """The FeatureModel called `name`, in eval mode.
 
     weights   file with the weights; None: where clean-fid or the network's own package stores it
     download  download the file if it is missing; otherwise the internet is never accessed
-    Raises UserError for a missing package, and for missing or unreadable weights.
+    channels  of the images to score
+    Raises UserError for a missing package, for missing or unreadable weights, and for images that are neither grey nor
+    RGB.
     """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels={channels}: feature networks score images of 1 or 3 channels only; compare "
+                        "spectra (experiments/spectrum.py) instead")
     kind, device = NETWORKS[name], torch.device(device)
     path = Path(weights) if weights else kind.usual_file()
     if not path.is_file():

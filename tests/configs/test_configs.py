@@ -66,7 +66,7 @@ def test_each_size_has_an_autoencoder_and_a_latent_config_that_agree():
              "celeba_128": "celeba_128_latent", "celeba_64": "celeba_64_latent", "churches_256": "churches_latent",
              "demo": "demo_latent", "demo_grey": "demo_latent", "random_fields": "random_fields_latent",
              "demo_flow": "demo_flow_latent", "ffhq_256_flow": "ffhq_flow_latent"}
-    assert set(STAGE_1) == {f"{name}_config" for name in (*pairs, "random_fields_flow")}  # which has no encoder
+    assert set(STAGE_1) == {f"{name}_config" for name in (*pairs, "random_fields_flow", "poisson")}  # without encoder
     assert set(STAGE_2) == {f"{name}_config" for name in pairs.values()}
     for first, second in pairs.items():
         assert load(f"{first}_config").diffusion.objective == load(f"{second}_config").diffusion.objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.datasets.functions import pixel_centres
-from data.random_fields import DEVIATION, MODES, TAU, gaussian_field, spectrum
+from data.random_fields import DEVIATION, MODES, POISSON, TAU, gaussian_field, poisson_pair, spectrum
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,14 @@ def test_a_field_is_a_function_of_index_and_position_alone(fields):
     torch.testing.assert_close(gaussian_field(positions[2, 4], 3), first[2, 4])
     assert (gaussian_field(positions, 4) - first).abs().max() > 0.1
     torch.testing.assert_close(gaussian_field(pixel_centres((40, 40))[8, 9].double(), 5)[0], fields[5, 8, 9])
+
+
+def test_the_second_field_of_a_pair_solves_the_poisson_equation():
+    """With second differences of an image that mirrors itself at its border, the Neumann condition."""
+    side = 256
+    a, u = poisson_pair(pixel_centres((side, side)).double(), 5).unbind(-1)
+    assert torch.equal(a, gaussian_field(pixel_centres((side, side)).double(), 5)[..., 0])
+    padded = torch.nn.functional.pad(u[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    laplacian = (padded.diff(n=2, dim=0)[:, 1:-1] + padded.diff(n=2, dim=1)[1:-1]) * side**2
+    torch.testing.assert_close(-laplacian, POISSON * (a - a.mean()), rtol=0, atol=0.02)
+    assert u.mean().abs() < 1e-6 and 0.05 < u.std() < 0.4

@@ -1,8 +1,9 @@
 """8-bit pictures: rounding, tiling, files."""
 
+import pytest
 import torch
 
-from data.images import read_image
+from data.images import read_header, read_image
 from utils.images import save_png, tile, to_uint8
 
 
@@ -16,11 +17,14 @@ def test_every_8_bit_value_survives():
     assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
 
 
-def test_png_round_trip_for_grey_and_colour(tmp_path):
-    for channels in (1, 3):
+def test_png_round_trip_for_any_number_of_channels(tmp_path):
+    for channels in (1, 2, 3, 5):
         image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
         save_png(image, tmp_path / "x.png")
-        assert torch.equal(read_image(tmp_path / "x.png"), image)
+        assert torch.equal(read_image(tmp_path / "x.png"), image) and read_header(tmp_path / "x.png")[0] == (5, 7)
+        assert torch.equal(read_image(tmp_path / "x.png", channels), image)
+    with pytest.raises(ValueError, match="does not hold 2 channels"):
+        read_image(tmp_path / "x.png", 2)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
 
 
