@@ -32,6 +32,8 @@ DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the auto
 FOLDER = flags.DEFINE_string("folder", None, "folder with images and scores of the run; default: where scripts write")
 SEARCH = flags.DEFINE_integer("search", 20_000, "number of training images to search for copies; 0: none",
                               lower_bound=0)
+PICTURES = flags.DEFINE_string("pictures", None, "folder in which to write demo.png and, with --benchmark, cost.png")
+BENCHMARK = flags.DEFINE_string("benchmark", None, "--output of benchmark.py with its suite training, for --pictures")
 OUTPUT = flags.DEFINE_string("output", None, "the page; default: report.html in the folder of the run")
 TEMPLATE = Path(__file__).parent / "lib" / "report_template.html"
 
@@ -50,7 +52,7 @@ def main():
     output = Path(OUTPUT.value or config.run_dir(runs[-1]) / "report.html")
     check_output_file(output, "output")
     folders = find_folders(autoencoder, latent)
-    samples, reconstructions = report_sections.find_images(folders)
+    samples, windows, reconstructions = report_sections.find_images(folders)
     applications = report_sections.find_applications(folders, autoencoder)
     scores = [record for folder in folders for path in sorted(folder.glob("*.json"))
               if (record := fid.read_record(path))]
@@ -58,20 +60,22 @@ def main():
     body = "".join([
         summary(autoencoder, latent),
         report_sections.progress(runs),
-        report_sections.samples(samples, autoencoder),
+        report_sections.first_screen(samples, windows, autoencoder),
         report_sections.reconstructions(reconstructions, autoencoder),
+        report_sections.scores(scores),
+        report_sections.losses(runs),
+        report_sections.samples(samples, autoencoder),
         report_sections.memorisation(samples, autoencoder, SEARCH.value),
         report_sections.applications(applications, autoencoder),
-        report_sections.scores(scores),
         report_sections.training_images(runs, autoencoder.data.img_size),
-        report_sections.losses(runs),
         report_sections.config_changes(zip(runs, defaults, strict=True)),
-        report_sections.times(runs, samples + reconstructions),
         report_sections.environments(runs)])
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body)
     with replacing(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    if PICTURES.value:
+        report_sections.save_pictures(Path(PICTURES.value), samples, reconstructions, BENCHMARK.value, autoencoder)
     print(f"report: {len(samples)} folders of samples, {len(reconstructions)} of reconstructions, {len(applications)} "
           f"of applications, {len(scores)} scores; open {output.resolve().as_uri()}")
 
@@ -97,8 +101,7 @@ def summary(autoencoder, latent):
     text = f"A mollified diffusion autoencoder, trained on {points} of the {size * size} pixels of each {size}² image"
     if latent is not None:
         text += ", and a small diffusion model over its latents"
-    return paragraph(text + ".") + paragraph(
-        " · ".join(build_dataset(autoencoder, train).describe() for train in (True, False)), note=True)
+    return paragraph(text + ". " + " · ".join(build_dataset(autoencoder, train).describe() for train in (True, False)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from data.images import read_image
 from data.loader import all_batches
 from experiments.lib.image_folders import ImageFolder, folder_images, heldout_images
-from experiments.lib.image_grid import save_grid
+from experiments.lib.plots import save_grid
 from experiments.lib.sampling import latent_source
 from utils import config
 from utils.errors import UserError

@@ -10,7 +10,7 @@ import torch
 
 from data.images import read_image
 from diffusion.samplers import sample
-from experiments.lib.image_grid import save_gif, save_grid
+from experiments.lib.plots import save_gif, save_grid
 from utils.images import save_png, tile
 
 

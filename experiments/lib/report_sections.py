@@ -1,31 +1,42 @@
 """Sections of the page of report.py, from the files of a run and of other scripts; "" if there are no such files."""
 
+import contextlib
 import datetime
 import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch.utils.data import Subset
 
 from data.datasets import build_dataset
+from data.datasets.base import spread
 from data.images import UNREADABLE, read_image
 from data.loader import all_batches, oriented, to_float
 from diffusion.gaussian_diffusion import build_diffusion
-from experiments.lib.html_report import embed, grid, paragraph, picture, row, section, table
-from experiments.lib.plots import line_plot, to_bytes
+from experiments.lib.html_report import embed, figure, grid, most_images, paragraph, picture, row, section, table
+from experiments.lib.image_folders import heldout_images
+from experiments.lib.plots import cost_plot, gif, line_plot, save_grid, to_bytes
 from experiments.metrics import fid
 from experiments.metrics.images import nearest_images
 from models.load import autoencoder_path, latent_path, load_trained
+from utils import rng
 from utils.checkpoint import identity
 from utils.config import changed_fields, run_dir
 from utils.device import environment, resolve_device
-from utils.files import read_json
-from utils.images import to_uint8
+from utils.errors import UserError
+from utils.files import read_json, replacing
+from utils.images import to_pil, to_uint8
 from utils.logging import read_metrics, training_seconds
 
 MAX_COMPARED = 64  # samples, and held-out images, whose nearest training images are searched
 MAX_SHOWN = 8  # samples shown beside their nearest training images
+QUIZ = 20  # real images in the quiz, and samples
+SCALES = 4  # resolutions at which one sample is shown
+ZOOM, FRAME, FRAMES = 8, 224, 20  # magnification, side in pixels, and number of frames of the animation
+CANDIDATES = 8  # images of which the one with the most contrast is shown large
+ROWS = 4  # of the picture of the README
 
 
 class GeneratedImages(NamedTuple):
@@ -40,13 +51,17 @@ class GeneratedImages(NamedTuple):
         shape = next((image.shape for image in found.values() if image is not None), None)
         return {name: image for name, image in found.items() if image is not None and image.shape == shape}
 
+    def scale(self, decoder_config):
+        """Relative to the training resolution, for example 4×."""
+        return " and ".join(dict.fromkeys(f"{length / decoder_config.data.img_size:g}×"
+                                          for length in self.settings["size"]))
+
     def caption(self, name, decoder_config):
-        """Size, steps and sampler, with a warning if the images were made by another checkpoint than the run's."""
+        """Size, steps, sampler and time, with a warning if another checkpoint than the run's made the images."""
         height, width = self.settings["size"]
-        scales = dict.fromkeys(f"{length / decoder_config.data.img_size:g}×" for length in (height, width))
-        text = f"{name} of {height}x{width} ({' and '.join(scales)}), {self.settings['steps']} steps of " \
-               f"{self.settings['sampler']}"
-        return text + _warning(self.settings["decoder"], decoder_config)
+        return (f"{name} of {height}x{width} ({self.scale(decoder_config)}), {self.settings['steps']} steps of "
+                f"{self.settings['sampler']}, {len(list(self.path.glob('*.png')))} in {self.settings['seconds']:.0f} s"
+                + _warning(self.settings["decoder"], decoder_config))
 
 
 def _read(path):
@@ -75,12 +90,14 @@ def _warning(decoder, config):
 
 
 def find_images(folders):
-    """(samples, reconstructions), GeneratedImages of each folder of samples or reconstructions, sorted by size."""
+    """(samples, windows of samples, reconstructions): GeneratedImages of each folder, sorted by size."""
     found = [GeneratedImages(path, read_json(path / "settings.json")) for path in folders if any(path.glob("*.png"))]
     found = [one for one in found if {"decoder", "size", "sampler", "steps", "seconds"} <= one.settings.keys()
              and _made_from(one.path, _check_numbers, one.settings)]
     found.sort(key=lambda one: one.settings["size"])
-    return ([one for one in found if "latent_model" in one.settings],
+    samples = [one for one in found if "latent_model" in one.settings]
+    return ([one for one in samples if not one.settings.get("window")],
+            [one for one in samples if one.settings.get("window")],
             [one for one in found if any((one.path.parent / "originals").glob("*.png"))])
 
 
@@ -115,6 +132,92 @@ def training_images(configs, size):
                 caption = f"{name} of {config.run.experiment}, step {path.stem.rpartition('_')[2].lstrip('0')}"
                 figures.append(grid(image[None, :, :, :16 * size], caption, scale=2 if size <= 32 else 1))
     return section("While training", row(*figures))
+
+
+def first_screen(samples, windows, config):
+    """A quiz, an animation into one sample, and this sample at several resolutions beside a real image."""
+    shown = samples[:SCALES]
+    windows = [one for one in windows if shown and one.settings["decoder"] == shown[-1].settings["decoder"]]
+    name = _most_contrast(shown + windows)
+    animation = name and windows and _made_from(windows[-1].path, zoom, shown[-1:] + windows, name, config)
+    return row(quiz(samples, config), animation or "") + row(*scales(shown, name, config))
+
+
+def _most_contrast(found):
+    """Name of an image that all folders hold, the one with the largest deviation; "" if there is none."""
+    images = found[0].images(CANDIDATES) if found else {}
+    deviations = {name: image.float().std().item() for name, image in images.items()
+                  if all((one.path / name).is_file() for one in found)}
+    return max(deviations, key=deviations.get, default="")
+
+
+def _resized(images, size):
+    """uint8 images [N, C, H, W] at another size, with antialiasing."""
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def quiz(found, config):
+    """Held-out images and samples of the training size in a mixed order, and the answer."""
+    size, heldout = config.data.img_size, build_dataset(config, train=False)
+    samples = [image for one in found if one.settings["size"] == [size, size] for image in one.images(QUIZ).values()]
+    count = min(len(samples), len(heldout), most_images(size, 2 * size, QUIZ))
+    if count == 0:
+        return ""
+    kinds = [*((heldout[i], "real") for i in spread(len(heldout), count)), *((one, "made") for one in samples[:count])]
+    order = torch.randperm(2 * count, generator=rng.generator("cpu", config.run.seed, "quiz")).tolist()
+    real = ", ".join(str(place) for place, i in enumerate(order, 1) if i < count)
+    images = "".join(embed(kinds[i][0], f"picture {place}", f"class={kinds[i][1]}") for place, i in enumerate(order, 1))
+    columns = -(-2 * count // round((0.8 * count) ** 0.5))
+    return (f'<figure class="quiz"><div style="--columns: {columns}">{images}</div><figcaption>{count} of these are '
+            f"real held-out images, and {count} are samples. Which?<details><summary>Answer</summary>Real, counted "
+            f"along the rows: {real}. Frames mark the samples.</details></figcaption></figure>")
+
+
+def zoom(found, name, config):
+    """Animation into an image of all these folders, towards the centre of the last, the finest window."""
+    sources = [(read_image(one.path / name), one.settings["size"],
+                one.settings.get("window") or [(0, length) for length in one.settings["size"]])
+               for one in reversed(found)]
+    _, size, window = sources[0]
+    centre = [(first + end) / 2 / length for (first, end), length in zip(window, size, strict=True)]
+    frames = []
+    for i in range(FRAMES):
+        side = ZOOM ** (-i / (FRAMES - 1))
+        corner = [(point - 0.5 / ZOOM) * (1 - side) / (1 - 1 / ZOOM) for point in centre]
+        frames.append(next(frame for source in sources if (frame := _cut(*source, corner, side)) is not None))
+    text = f"Zoom into a sample, up to {ZOOM}×; windows were rendered at up to {found[-1].scale(config)}"
+    return figure(embed(gif(frames), text, f'width="{FRAME}" height="{FRAME}"', "gif"), text, "zoom")
+
+
+def _cut(image, size, window, corner, side):
+    """A square part of an image of `size` from a window of it, or None if the window does not contain it."""
+    (top, left), (rows, columns) = ([point * length - first for point, length, (first, _) in
+                                     zip(corner, size, window, strict=True)], [side * length for length in size])
+    image = to_pil(image if len(image) == 3 else image[:1])
+    box = [left, top, left + columns, top + rows]
+    inside = [min(max(0, value), limit) for value, limit in zip(box, 2 * image.size, strict=True)]
+    if max(abs(a - b) for a, b in zip(box, inside, strict=True)) > 0.01:
+        return None
+    return image.resize((FRAME, FRAME), Image.Resampling.LANCZOS, inside)
+
+
+def scales(found, name, config):
+    """Figures of one sample, each beside a held-out image of the same size or, if its file is smaller, enlarged."""
+    shown = [(one, image) for one in found if name and (image := _read(one.path / name)) is not None]
+    real = None
+    for one, _ in reversed(shown):
+        with contextlib.suppress(UserError):
+            real, _ = heldout_images(config, one.settings["size"], CANDIDATES)
+            real = max(real, key=lambda image: image.float().std())
+            break
+    for one, image in shown:
+        text = f"{one.scale(config)}, {'x'.join(map(str, one.settings['size']))}: sample"
+        content = embed(image, text)
+        if real is not None:
+            enlarged = real.shape[-1] < image.shape[-1]
+            text += " and real image" + (", enlarged: its source has fewer pixels" if enlarged else "")
+            content += embed(real if enlarged else _resized(real[None], image.shape[-2:])[0], text)
+        yield figure(content, text, "pair")
 
 
 def samples(found, decoder_config):
@@ -156,8 +259,7 @@ def memorisation(found, config, limit):
     ours, mollifier = torch.stack([*images.values()]), build_diffusion(config).mollifier
     train_set, heldout = build_dataset(config, train=True), build_dataset(config, train=False)
     unseen, _ = next(all_batches(Subset(heldout, range(min(MAX_COMPARED, len(heldout)))), MAX_COMPARED))
-    both = torch.cat([torch.nn.functional.interpolate(to_float(ours), unseen.shape[-2:], mode="bilinear",
-                                                      antialias=True), unseen])
+    both = torch.cat([to_float(_resized(ours, unseen.shape[-2:])), unseen])
     nearest = nearest_images(both, train_set, mollifier, limit=limit, num_workers=config.data.num_workers,
                              device=resolve_device(config.run.device))
     distance, unseen_distance = (part.median().item() for part in
@@ -250,8 +352,7 @@ def losses(configs):
             f"quarter {i} of the chain": points(f"validation_loss_q{i}") for i in range(1, 5)}
     drawn = {title: to_bytes(line_plot(series, title, "step", "loss", log=True), "svg")
              for title, series in plots.items() if any(series.values())}
-    return section("Losses", row(*(embed(content, "svg+xml", title, 'class="plot"')
-                                   for title, content in drawn.items())))
+    return section("Losses", row(*(embed(content, title, "class=plot", "svg+xml") for title, content in drawn.items())))
 
 
 def config_changes(configs_and_defaults):
@@ -263,18 +364,6 @@ def config_changes(configs_and_defaults):
                    for name, *pair in changed_fields(values, defaults)]
         parts.append(table([(f"field of {config.run.experiment}", "default", "this run"), *changes]))
     return section("Config, where it differs from the defaults", row(*parts))
-
-
-def times(configs, found):
-    """Seconds of training and of sampling."""
-    rows = [("task", "seconds")]
-    for config in configs:
-        seconds = training_seconds(read_metrics(run_dir(config) / "metrics.jsonl"))
-        rows.append((f"training {config.run.experiment}", f"{seconds:.0f}"))
-    for one in found:
-        count, size = len(list(one.path.glob("*.png"))), "x".join(map(str, one.settings["size"]))
-        rows.append((f"{one.path}: {count} images of {size}", f"{one.settings['seconds']:.0f}"))
-    return section("Time", table(rows))
 
 
 def environments(configs):
@@ -292,3 +381,25 @@ def environments(configs):
         rows.append((package, *(one.get("packages", {}).get(package, "-") for one in found.values())))
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return section("Environment", table(rows, wrap=True), paragraph(f"This page was made at {now}.", note=True))
+
+
+def save_pictures(folder, samples, reconstructions, benchmark, config):
+    """Write demo.png, a grid of reconstructions and samples, and cost.png, the cost of a training step beside the
+    smallest and the largest sample.
+
+    benchmark   file that benchmark.py has written with its suite training, or None for no cost.png
+    """
+    columns = {}
+    for one in reconstructions[:1]:
+        columns["held out"] = GeneratedImages(one.path.parent / "originals", {}).images(ROWS).values()
+        columns["reconstruction"] = one.images(ROWS).values()
+    for one in samples[:SCALES]:
+        columns[f"sample at {one.scale(config)}"] = one.images(ROWS).values()
+    save_grid({label: list(images) for label, images in columns.items()}, folder / "demo.png")
+    if benchmark:
+        name = _most_contrast([samples[-1], samples[0]])
+        figure = cost_plot(read_json(benchmark)["suites"]["training"],
+                           {f"sample at {one.settings['size'][0]}²": read_image(one.path / name)
+                            for one in (samples[0], samples[-1])})
+        with replacing(folder / "cost.png") as temporary:
+            temporary.write_bytes(to_bytes(figure, "png"))

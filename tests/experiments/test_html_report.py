@@ -35,7 +35,7 @@ def test_text_is_escaped():
     assert table([("a", "b"), ("<1>", 2)]) == (
         '<div class="scroll"><table><tr><th>a</th><th>b</th></tr><tr><td>&lt;1&gt;</td><td>2</td></tr></table></div>')
     for content in (paragraph("<x>"), figure("", "<x>"), section("<x>", "y"),
-                    embed(b"", "png", "<x>")):
+                    embed(b"", "<x>")):
         assert "&lt;x&gt;" in content and "<x>" not in content
 
 

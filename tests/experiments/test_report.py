@@ -2,14 +2,16 @@
 
 import base64
 import io
+import json
 import re
 import shlex
 import shutil
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
-from experiments.lib.report_sections import GeneratedImages
+from experiments.lib.report_sections import ZOOM, GeneratedImages, zoom
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config
 
@@ -36,8 +38,8 @@ def made(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     results = [run_script("experiments/generate_recons.py", *single, "--sampling_steps=2", "--output",
                           folder / "recons")]
-    for scale in (4, 1):
-        results.append(run_script(SAMPLES, *both, "--num_samples=4", "--sampling_steps=3",
+    for scale, window in ((4, []), (1, []), (8, ["--window", "0.25", "0.25", "0.5", "0.5"])):
+        results.append(run_script(SAMPLES, *both, "--num_samples=4", "--sampling_steps=3", *window,
                                   f"--sample_img_size={16 * scale}", "--output", folder / f"samples_{scale}x"))
     for script, flags in {"super_resolution": ["--input", folder / "recons" / "originals"], "inpaint": [],
                           "interpolate": ["--num_pairs=1"]}.items():
@@ -62,11 +64,16 @@ def make_page(page, *arguments):
 
 @pytest.mark.slow
 def test_the_page_holds_every_output(trained, made, tmp_path):
-    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made)
+    rows = [{"path": "fast", "rate": rate, "ms": 5.0, "peak MB": 2.0} for rate in ("1/1", "1/4")]
+    (tmp_path / "benchmark.json").write_text(json.dumps({"suites": {"training": rows}}))
+    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--pictures", tmp_path, "--benchmark",
+                          tmp_path / "benchmark.json")
+    with Image.open(tmp_path / "demo.png") as demo, Image.open(tmp_path / "cost.png") as cost:
+        assert demo.size[0] == 4 * 128 and cost.size[0] > cost.size[1]  # columns of the originals and of three folders
     assert "2 folders of samples, 1 of reconstructions, 3 of applications, 2 scores" in out
-    assert headings(text) == ["Samples", "Reconstructions of held-out images", "Nearest training images",
-                              "Applications", "Scores", "While training", "Losses",
-                              "Config, where it differs from the defaults", "Time", "Environment"]
+    assert headings(text) == ["Reconstructions of held-out images", "Scores", "Losses", "Samples",
+                              "Nearest training images", "Applications", "While training",
+                              "Config, where it differs from the defaults", "Environment"]
     assert text.index("samples of 16x16 (1×), 3 steps of ddim") < text.index("samples of 64x64 (4×), 3 steps of ddim")
     assert "of 4 reconstructions, their own original is the nearest" in text and "ANOTHER CHECKPOINT" not in text
     assert "nearest of 76 of the 76 training images" in text
@@ -75,6 +82,45 @@ def test_the_page_holds_every_output(trained, made, tmp_path):
     assert text.count("FD_efficientnet_lite0</td>") == 2 and "mollified noise with the mean and variance" in text
     assert "<td>model.nf</td><td>64</td><td>8</td>" in text and "<td>mc_integral.q_sample</td>" not in text
     assert "4 steps in" in text and "<td>torch</td>" in text and "<td>machine</td>" in text
+
+
+@pytest.mark.slow
+def test_the_first_screen_mixes_real_images_and_samples_and_tells_which_are_which(trained, made, tmp_path):
+    text, _ = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--search=0")
+    screen = text.partition("<h2>")[0]
+    quiz = re.findall('base64,([^"]*)" alt="picture [0-9]*" class=(real|made)', screen)
+    for kind, folder in (("real", "recons/originals"), ("made", "samples_1x")):
+        assert sorted(pixels(base64.b64decode(data)) for data, kind_ in quiz if kind_ == kind) == sorted(
+            pixels(path.read_bytes()) for path in (made / folder).glob("*.png"))
+    answer = re.search("along the rows: ([^.]*)", screen)[1]
+    assert answer == ", ".join(str(place) for place, (_, kind) in enumerate(quiz, 1) if kind == "real")
+    pairs = re.findall('<figure class=pair>(.*?)<figcaption>(.*?)</figcaption>', screen)
+    assert [image.count("<img") for image, _ in pairs] == [2, 2]
+    assert ["enlarged" in caption for _, caption in pairs] == [False, True]
+    assert screen.count("image/gif") == 1 and text.count("128x128") == 0
+
+
+def pixels(content):
+    return np.array(Image.open(io.BytesIO(content))).tobytes()
+
+
+def test_every_frame_of_the_zoom_shows_its_part_of_the_image(tmp_path):
+    """The image is a ramp, so the mean of a frame is the position of its centre; the finest window is off-centre."""
+    found, middle = [], 0.375
+    for side, window in ((256, None), (512, [[0, 256], [64, 320]])):
+        first, end = window[1] if window else (0, side)
+        ramp = np.broadcast_to(255 * (np.arange(first, end) + 0.5) / side, (end - first, end - first)).round()
+        found.append(GeneratedImages(tmp_path / str(side), {"size": [side, side], "window": window}))
+        found[-1].path.mkdir()
+        Image.fromarray(ramp.astype(np.uint8)).save(found[-1].path / "00000.png")
+    page = zoom(found, "00000.png", tiny_config(tmp_path))
+    animation = Image.open(io.BytesIO(base64.b64decode(re.search('base64,([^"]*)', page)[1])))
+    frames = [np.array(frame.convert("L")) for frame in ImageSequence.Iterator(animation)]
+    frames = frames[:len(frames) // 2 + 1]
+    sides = ZOOM ** -np.linspace(0, 1, len(frames))
+    left = (middle - 0.5 / ZOOM) * (1 - sides) / (1 - 1 / ZOOM)
+    assert np.allclose([frame.mean() for frame in frames], 255 * (left + sides / 2), atol=1.5)
+    assert np.allclose([float(np.ptp(frame)) for frame in frames], 255 * sides, atol=3)
 
 
 @pytest.mark.slow
@@ -110,8 +156,7 @@ def test_the_command_that_training_prints_makes_the_page_of_one_run(trained, tmp
     text = (tmp_path / "a run" / "tiny" / "report.html").read_text()
     assert result.code == 0 and "0 folders of samples" in result.out
     check_self_contained(text)
-    assert headings(text) == ["While training", "Losses", "Config, where it differs from the defaults", "Time",
-                              "Environment"]
+    assert headings(text) == ["Losses", "While training", "Config, where it differs from the defaults", "Environment"]
     assert "small diffusion model over its latents" not in text
 
 
@@ -193,10 +238,8 @@ def pictures_of(text, captions):
 
 
 def test_a_caption_names_different_scales_of_the_axes(tmp_path):
-    config = tiny_config(tmp_path)
-    captions = [GeneratedImages(tmp_path, {"steps": 5, "sampler": "ddim", "decoder": "", "size": size}).caption(
-        "samples", config) for size in ([48, 24], [32, 32])]
-    assert "samples of 48x24 (3× and 1.5×), 5 steps" in captions[0] and "samples of 32x32 (2×), 5" in captions[1]
+    scales = [GeneratedImages(tmp_path, {"size": size}).scale(tiny_config(tmp_path)) for size in ([48, 24], [32, 32])]
+    assert scales == ["3× and 1.5×", "2×"]
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from experiments.lib.image_grid import LABEL_HEIGHT, MIN_WIDTH, labelled_grid, save_gif, save_grid
+from experiments.lib.plots import LABEL_HEIGHT, MIN_WIDTH, labelled_grid, save_gif, save_grid
 
 
 def test_every_image_is_in_its_column_enlarged_by_a_whole_factor(tmp_path):
