@@ -36,6 +36,11 @@ class Constraint:
         """A⁺A of an image [B, C, H, W], the part that the data determine; for known pixels, m ⊙ image."""
         return pseudo_inverse(self.operator, self.operator.A(image))
 
+    def misfit_gradient(self, tx0):
+        """∇ ‖y − A W T x̂_0‖² with respect to the estimate tx0 of T x_0, like it."""
+        residual = self.data - self.operator.A(self.mollifier.sharpen(tx0))
+        return -2 * self.mollifier.sharpen(self.operator.A_adjoint(residual))
+
     def enforce(self, image, iterations=20):
         """The image [B, C, H, W] made to agree with the data within [−1, 1], by alternating projections."""
         for _ in range(iterations):
@@ -75,22 +80,23 @@ class Consistent:
 
 
 def guided_ddim(
-    denoise, x, schedule, constraint, guidance, consistency=0.0, jumps=0, generator=None, noise_like=white_noise,
-    limited=True
+    denoise, x, schedule, constraint, guidance, limited=False, consistency=0.0, jumps=0, generator=None,
+    noise_like=white_noise
 ):
     """DDIM with reconstruction guidance and resampling (docs/method.md, 6.1); yields (t, x) like all samplers.
 
-        x_{t−1} ← x_{t−1} − λ ∇_{x_t} ‖m ⊙ (T x̂_0(x_t, t) − T x̄)‖²
+        x_{t−1} ← x_{t−1} − λ ∇_{x_t} ‖m ⊙ (T x̂_0(x_t, t) − T x̄)‖²         the paper's rule
+        x_{t−1} ← x_{t−1} − λ c T T* ∇_{x_t} ‖y − A W T x̂_0(x_t, t)‖²       if limited
 
     constraint   Constraint
     guidance     λ, not applied at step 0, whose state is the estimate itself; 0 skips the gradient, which costs twice
                  an evaluation of the network
+    limited      diffusion posterior sampling (Chung et al. 2023) with two measures that keep the state in the process
+                 (see _push)
     consistency  weight of the gap added to the estimate before the step, as in Consistent; the gradient is that of the
                  uncorrected estimate
     jumps        repetitions of every step but the last: back to x_t with fresh noise and down again, which harmonises
                  unknown with known parts (RePaint, Lugmayr et al. 2022)
-    limited      map the gradient by T T* and limit its norm (see _push); False subtracts it as it is, which with
-                 consistency 0 is the rule of the paper
     """
     for t, now, after in schedule.levels():
         for remaining in reversed(range(1 + (jumps if t > 0 else 0))):
@@ -107,10 +113,10 @@ def guided_ddim(
 def _push(denoise, x, t, constraint, guidance, limited, signal):
     """(T x̂_0, the term that guidance subtracts from x_{t−1}), both like x.
 
-    The gradient of ‖m ⊙ (T x̂_0 − T x̄)‖² treats T x̄ as constant. If limited, two measures keep the state in the
-    process. T T* maps the gradient with respect to pixels to the space of states x_t = T u, since the Wiener filter
-    would amplify anything outside it. And the norm is limited to that of a_{t−1} gap, the change that closes the gap,
-    because the slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
+    The gradient of the paper's rule treats T x̄ as constant. If limited, c T T*, the covariance of the noise c^½ T ξ of
+    states, maps the gradient with respect to pixels to the space of states, since the Wiener filter would amplify
+    anything outside it. And the norm is limited to that of a_{t−1} gap, the change that closes the gap, because the
+    slope of the estimate (x_t − b f) / a is huge at the first steps, where a is 5e-5.
     """
     if guidance == 0:
         return denoise(x, t), 0.0
@@ -118,10 +124,13 @@ def _push(denoise, x, t, constraint, guidance, limited, signal):
         x = x.detach().requires_grad_()
         x0 = denoise(x, t)
         gap = constraint.gap(x0.detach())
-        gradient, = torch.autograd.grad(x0, x, -2 * constraint.project(gap))
+        slope = constraint.misfit_gradient(x0.detach()) if limited else -2 * constraint.project(gap)
+        gradient, = torch.autograd.grad(x0, x, slope)
     if not limited:
         return x0.detach(), guidance * gradient
-    push = guidance * constraint.mollifier.blur(constraint.mollifier.blur(gradient))
+    push = guidance * gradient
+    for _ in range(2):
+        push = constraint.mollifier.scale_noise(constraint.mollifier.blur(push))
     longest = signal * _norm(gap)
     return x0.detach(), push * (longest / _norm(push).clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
 

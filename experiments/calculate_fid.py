@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from configs.defaults import autoencoder_config
 from data.datasets import build_dataset, log_images, reading
 from experiments.lib.image_folders import SampleFolder
-from experiments.lib.sampling import define_sampling_flags, make_samples
+from experiments.lib.sampling import define_sampling_flags, make_samples, parse_image_size
 from experiments.metrics.features import NETWORKS, build_feature_model
 from experiments.metrics.fid import MIN_IMAGES, compare, departures, describe, paper_split, summary
 from utils import cli, config, distributed
@@ -67,7 +67,7 @@ def main():
     model = build_feature_model(FEATURE_MODEL.value, resolve_device(run.device), WEIGHTS.value, DOWNLOAD.value,
                                 data.channels)
     crop_size = CROP_SIZE.value or model.size
-    size = given.size if given else config.parse_image_size(OPTIONS.size.value, data.img_size)
+    size = given.size if given else parse_image_size(OPTIONS.size.value, data.img_size)
     count = len(given) if given else NUM_SAMPLES.value or (latent or autoencoder).data.fid_samples
     real = real_images(data, size)
     check_images(count, size, real, crop_size)
@@ -123,7 +123,7 @@ def real_images(data, sample_size):
     if REAL.value:
         settings.data.update(name="folder", root_dir=REAL.value)
     if REAL_SIZE.value:
-        size = config.parse_image_size(REAL_SIZE.value, None, flag="real_img_size")
+        size = parse_image_size(REAL_SIZE.value, None, flag="real_img_size")
     return [build_dataset(settings, train, size) for train in parts]
 
 

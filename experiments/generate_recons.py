@@ -21,6 +21,7 @@ from experiments.lib.sampling import (
     arrays_flag,
     inv_snr_flag,
     max_points_flag,
+    parse_image_size,
     sampler_flag,
     size_flag,
     steps_flag,
@@ -44,7 +45,7 @@ def main():
     if not cfg.model.z_dim:
         raise UserError("config.model.z_dim=0: a model without an encoder reconstructs nothing; use "
                         "generate_samples.py")
-    size = config.parse_image_size(SIZE.value, cfg.data.img_size)
+    size = parse_image_size(SIZE.value, cfg.data.img_size)
     autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
     autoencoder.check_size(size)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")

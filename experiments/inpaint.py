@@ -1,6 +1,7 @@
-"""Fill in the unknown pixels of images, by reconstruction guidance (docs/method.md, 6.1) and resampling.
+r"""Fill in the unknown pixels of images by reconstruction guidance (docs/method.md, 6.1).
 
-    python experiments/inpaint.py --config configs/ffhq_256_config.py --mask centre [--guidance 1] [--jumps 3]
+    python experiments/inpaint.py --config configs/ffhq_256_config.py --mask centre \
+        [--limit_guidance --consistency 1 --jumps 3]
 
 The images are held out, or those of --input. z is the encoding of the known pixels or, with --latent_config, a sample.
 Writes <output>/originals, masked, generated (as sampled) and results (with the known pixels restored), grid.png and
@@ -22,82 +23,55 @@ from diffusion.guidance import Constraint, guided_ddim
 from diffusion.operators import Mask
 from diffusion.samplers import FIRST_ORDER
 from diffusion.sampling import images_at_once
-from experiments.lib.applications import (
-    latent_sampler,
-    open_folders,
-    read_images,
-    save_batch,
-    write_grid,
-    write_scores,
-)
+from experiments.lib.applications import Application
 from experiments.lib.masks import KINDS, make_masks
-from experiments.lib.sampling import (
-    TrainedAutoencoder,
-    float_flag,
-    input_flag,
-    inv_snr_flag,
-    max_points_flag,
-    size_flag,
-    steps_flag,
-)
+from experiments.lib.sampling import float_flag
 from experiments.metrics.images import psnr, roughness
 from utils import cli, config
 from utils.errors import UserError
 
-CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
-LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: sample z from its model")
+APPLICATION = Application("inpainting", steps=100)
 MASK = flags.DEFINE_string("mask", "centre", f"unknown pixels: {', '.join(KINDS)}, or a PNG whose white is unknown")
 GUIDANCE = float_flag("guidance", 1.0, "lambda of reconstruction guidance; 0 for none", high=1e6)
-CONSISTENCY = float_flag("consistency", 1.0, "share of the known pixels in the estimate of each step: 0 for none, 1 "
-                         "for exactly the known pixels", high=1.0)
+LIMITED = flags.DEFINE_bool("limit_guidance", False, "map the gradient of the misfit to the space of states and limit "
+                            "its norm, instead of the paper's rule")
+CONSISTENCY = float_flag("consistency", 0.0, "share of the known pixels in the estimate of each step: 0 for none, as "
+                         "in the paper, 1 for exactly the known pixels", high=1.0)
 JUMPS = flags.DEFINE_integer("jumps", 0, "repetitions of each step, each after fresh noise", lower_bound=0)
-LIMITED = flags.DEFINE_bool("limit_guidance", True, "limit the gradient of guidance; with --nolimit_guidance and "
-                            "--consistency 0 the rule is that of the paper")
-STEPS = steps_flag(100)
-SIZE = size_flag("held-out images")
-INPUT = input_flag()
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "largest number of images", lower_bound=1)
-INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
-OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: inpainting/<experiment>_<mask>")
 
 
 def main():
-    cfg = config.read_trained_autoencoder_config(CONFIG)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, FIRST_ORDER[cfg.diffusion.objective], MAX_POINTS.value,
-                                     inv_snr=INV_SNR.value)
-    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
-    images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
+    cfg = config.read_trained_autoencoder_config(APPLICATION.config)
+    autoencoder = APPLICATION.load(cfg, FIRST_ORDER[cfg.diffusion.objective])
+    images, origin = APPLICATION.read_images(cfg, APPLICATION.count.value)
     total, _, *size = images.shape
     known = make_masks(MASK.value, size, range(total), cfg.run.seed, **reading(cfg.data))
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
         raise UserError(f"--mask={MASK.value} leaves fewer known pixels than model.knn_neighbours="
                         f"{cfg.model.knn_neighbours}; use another mask")
     autoencoder.check_size(size)
-    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
+    draw_latents, latent_model = APPLICATION.latent_sampler(autoencoder)
+    results = APPLICATION.results(
+        autoencoder, f"_{Path(MASK.value).stem}", dict.fromkeys(("originals", "masked", "generated", "results"), total),
+        {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value, "limit_guidance": LIMITED.value,
+         "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "latent_model": latent_model})
 
-    output = Path(OUTPUT.value or f"inpainting/{cfg.run.experiment}_{Path(MASK.value).stem}")
-    settings = {**origin, "size": size, "mask": MASK.value, "guidance": GUIDANCE.value,
-                "consistency": CONSISTENCY.value, "jumps": JUMPS.value, "limit_guidance": LIMITED.value,
-                "steps": autoencoder.steps, "seed": cfg.run.seed, "inv_snr": INV_SNR.value,
-                "decoder": autoencoder.identity, "latent_model": latent_model}
-    folders = open_folders(output, dict.fromkeys(("originals", "masked", "generated", "results"), total), settings)
-
-    batch_size = images_at_once(cfg.train.sample_size, size, MAX_POINTS.value)
-    for indices, progress in folders["results"].missing_batches(batch_size, autoencoder.steps, folders.values()):
+    batch_size = images_at_once(cfg.train.sample_size, size, autoencoder.max_points)
+    for indices, progress in results.missing_batches(batch_size, autoencoder.steps):
         truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
         constraint = Constraint(Mask(mask), mask * truth, autoencoder.diffusion.mollifier)
         z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)
         generated = inpaint(autoencoder, z, constraint, size, autoencoder.generators(indices, "inpainting"), progress)
-        save_batch(folders, indices, {"originals": truth, "masked": torch.where(mask, truth, 1.0),
-                                      "generated": generated, "results": constraint.enforce(generated)})
+        results.save(indices, {"originals": truth, "masked": torch.where(mask, truth, 1.0), "generated": generated,
+                               "results": constraint.enforce(generated)})
 
-    scores = score(folders, known)
-    write_scores(output, scores, settings, cfg)
-    write_grid(output, folders)
+    scores = score(results.folders, known)
+    results.write_scores(scores)
+    results.write_grid()
     print(f"{total} images: PSNR {scores['psnr_known']:.2f} dB on known pixels before they are restored, "
           f"{scores['psnr_unknown']:.2f} dB on unknown ones (mean colour instead: "
           f"{scores['psnr_unknown_of_mean_colour']:.2f}); texture {scores['texture']:.2f}, seam {scores['seam']:.2f}; "
-          f"images in {output}")
+          f"images in {results.output}")
 
 
 def inpaint(autoencoder, z, constraint, size, generators, progress):
@@ -105,8 +79,8 @@ def inpaint(autoencoder, z, constraint, size, generators, progress):
     diffusion = autoencoder.diffusion
 
     def path(denoise, x):
-        return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, CONSISTENCY.value, JUMPS.value,
-                           generators, diffusion.mollifier.noise_like, LIMITED.value)
+        return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, LIMITED.value,
+                           CONSISTENCY.value, JUMPS.value, generators, diffusion.mollifier.noise_like)
 
     return autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
 

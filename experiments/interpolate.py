@@ -20,31 +20,16 @@ from tqdm import tqdm
 from data.datasets import build_dataset, log_images
 from data.images import read_image
 from data.loader import to_float
-from experiments.lib.applications import (
-    check_encoder,
-    encode_first,
-    latent_sampler,
-    open_folders,
-    read_images,
-    write_scores,
-)
+from experiments.lib.applications import Application, check_encoder, encode_first
 from experiments.lib.latent_paths import along, between, principal_directions, render, show
-from experiments.lib.sampling import (
-    TrainedAutoencoder,
-    float_flag,
-    input_flag,
-    inv_snr_flag,
-    max_points_flag,
-    size_flag,
-    steps_flag,
-)
+from experiments.lib.sampling import float_flag, parse_image_size
 from experiments.metrics.images import psnr
 from utils import cli, config
 from utils.errors import UserError
 from utils.images import to_uint8
 
-CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
-LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: interpolate samples of its model")
+APPLICATION = Application("interpolation", steps=100, latents="interpolate samples of its model", count=None,
+                          images="held-out images or samples")
 START = flags.DEFINE_enum("start", None, ["invert", "noise"], "first state of the chain: inverted from the image, or "
                           "noise; default: invert for images, noise for samples")
 PAIRS = flags.DEFINE_integer("num_pairs", 4, "largest number of pairs", lower_bound=1)
@@ -53,40 +38,33 @@ DIRECTIONS = flags.DEFINE_integer("directions", 3, "number of principal directio
 REACH = float_flag("reach", 2.0, "length of a path along a direction, each way, in standard deviations", high=1000.0)
 ENCODINGS = flags.DEFINE_integer("encodings", 1000, "number of training images whose encodings give the mean and the "
                                  "principal directions", lower_bound=2)
-STEPS = steps_flag(100)
-SIZE = size_flag("held-out images or samples")
-INPUT = input_flag()
-INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
-OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: interpolation/<experiment>")
 
 
 def main():
-    cfg = config.read_trained_autoencoder_config(CONFIG)
-    samples = LATENT_CONFIG.value is not None
+    cfg = config.read_trained_autoencoder_config(APPLICATION.config)
+    samples = APPLICATION.latent_config.value is not None
     start = START.value or ("noise" if samples else "invert")
     check_flags(cfg, samples)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, max_points=MAX_POINTS.value, inv_snr=INV_SNR.value)
+    autoencoder = APPLICATION.load(cfg)
     if samples:
         images, origin, pairs = None, {}, PAIRS.value
-        size = config.parse_image_size(SIZE.value, cfg.data.img_size)
+        size = parse_image_size(APPLICATION.size.value, cfg.data.img_size)
     else:
-        images, origin = read_images(cfg, INPUT.value, SIZE.value, 2 * PAIRS.value)
+        images, origin = APPLICATION.read_images(cfg, 2 * PAIRS.value)
         size, pairs = tuple(images.shape[-2:]), len(images) // 2
     if pairs == 0:
         raise UserError("a path needs two images, and there is only one; give more")
     train_set = build_dataset(cfg, train=True)
     log_images(train_set)
     autoencoder.check_size(size)
-    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
-
-    output = Path(OUTPUT.value or f"interpolation/{cfg.run.experiment}")
-    settings = {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "steps": autoencoder.steps,
-                "inv_snr": INV_SNR.value, "directions": DIRECTIONS.value, "reach": REACH.value,
-                "encodings": ENCODINGS.value, "seed": cfg.run.seed, "decoder": autoencoder.identity,
-                "latent_model": latent_model}
+    draw_latents, latent_model = APPLICATION.latent_sampler(autoencoder)
     counts = {"originals": 0 if samples else 2 * pairs, "frames": pairs * FRAMES.value,
               "directions": pairs * DIRECTIONS.value * FRAMES.value}
-    folders = open_folders(output, {name: count for name, count in counts.items() if count}, settings)
+    results = APPLICATION.results(
+        autoencoder, "", {name: count for name, count in counts.items() if count},
+        {**origin, "size": list(size), "start": start, "frames": FRAMES.value, "directions": DIRECTIONS.value,
+         "reach": REACH.value, "encodings": ENCODINGS.value, "latent_model": latent_model})
+    folders = results.folders
 
     principal = principal_directions(encode_first(autoencoder, train_set, ENCODINGS.value), DIRECTIONS.value)
     ends = []  # (z [Z], first state [C, H, W]) of each image or sample
@@ -115,20 +93,20 @@ def main():
     scores = {"explained_variance": principal.share.tolist()}
     if not samples:
         scores |= score_ends(folders["frames"], images[:2 * pairs], autoencoder.diffusion.mollifier)
-    write_scores(output, {"pairs": pairs, **scores}, settings, cfg)
+    results.write_scores({"pairs": pairs, **scores})
     originals = () if samples else (("from", list(images[::2][:pairs])), ("to", list(images[1::2])))
     show(folders["frames"], [f"{share:.2f}" for share in torch.linspace(0, 1, FRAMES.value)], pairs, *originals)
     if "directions" in folders:
         steps = torch.linspace(-REACH.value, REACH.value, FRAMES.value)
         show(folders["directions"], [f"{step:+.1f} std" for step in steps], DIRECTIONS.value)
-    print(f"{pairs} pairs in {output}" + "".join(f" · {name} {value:.2f} dB" for name, value in scores.items()
+    print(f"{pairs} pairs in {results.output}" + "".join(f" · {name} {value:.2f} dB" for name, value in scores.items()
                                                  if name.startswith("psnr")))
 
 
 def check_flags(cfg, samples):
     """UserError for flags that contradict each other or the model."""
     check_encoder(cfg)
-    if samples and (INPUT.value is not None or START.value == "invert"):
+    if samples and (APPLICATION.input.value is not None or START.value == "invert"):
         raise UserError("--input and --start=invert need images, and --latent_config interpolates samples; leave one "
                         "out")
     if DIRECTIONS.value > cfg.model.z_dim:

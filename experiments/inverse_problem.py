@@ -25,67 +25,46 @@ from diffusion.operators import pseudo_inverse
 from diffusion.posterior import PosteriorDenoiser, Spectrum, gaussian_update
 from diffusion.samplers import FIRST_ORDER, sample
 from diffusion.sampling import images_at_once
-from experiments.lib.applications import latent_sampler, open_folders, read_images, save_batch, write_grid, write_scores
+from experiments.lib.applications import Application
 from experiments.lib.operators import FORMS, build_operator
-from experiments.lib.sampling import (
-    TrainedAutoencoder,
-    float_flag,
-    input_flag,
-    inv_snr_flag,
-    max_points_flag,
-    sampler_flag,
-    size_flag,
-    steps_flag,
-)
+from experiments.lib.sampling import float_flag
 from utils import cli, config, rng
 from utils.errors import UserError
 
-CONFIG = config.define_config_flag("config", "config of the trained autoencoder")
-LATENT_CONFIG = config.define_config_flag("latent_config", "latent config: sample z from its model")
+APPLICATION = Application("inverse_problems", count=4)
 OPERATOR = flags.DEFINE_string("operator", "points:31", f"what is measured: {FORMS}, joined by +; @N after one: of "
                                "channel N")
 NOISE = float_flag("noise", 0.05, "standard deviation of the noise in the data; images lie in [-1, 1]", low=1e-4)
 RULE = flags.DEFINE_enum("rule", "posterior", ("posterior", "guidance"), "posterior: the covariance of the training "
                          "data; guidance: the gradient of the misfit, by DDIM")
-GUIDANCE = float_flag("guidance", 1.0, "lambda of --rule guidance", high=1e6)
+GUIDANCE = float_flag("guidance", 0.3, "lambda of --rule guidance", high=1e6)
 POSTERIOR_SAMPLES = flags.DEFINE_integer("num_posterior_samples", 16, "samples for each image", lower_bound=2)
-SAMPLER, STEPS = sampler_flag(), steps_flag()
-SIZE = size_flag("held-out images")
-INPUT = input_flag()
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 4, "largest number of images", lower_bound=1)
-ARRAYS = flags.DEFINE_bool("save_npy", False, "write data, mean, deviation and samples as <output>/arrays/00000_*.npy")
-INV_SNR, MAX_POINTS = inv_snr_flag(), max_points_flag()
-OUTPUT = flags.DEFINE_string("output", None, "folder for the results; default: inverse_problems/<experiment>")
 SPECTRUM_IMAGES = 512  # training images that the covariance is estimated from
 
 
 def main():
-    cfg = config.read_trained_autoencoder_config(CONFIG)
-    sampler = SAMPLER.value
+    cfg = config.read_trained_autoencoder_config(APPLICATION.config)
+    sampler = None
     if RULE.value == "guidance":
-        if sampler:
-            raise UserError(f"--sampler={sampler} does not apply to --rule=guidance; leave it out")
+        if APPLICATION.sampler.value:
+            raise UserError(f"--sampler={APPLICATION.sampler.value} does not apply to --rule=guidance; leave it out")
         sampler = FIRST_ORDER[cfg.diffusion.objective]
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, sampler, MAX_POINTS.value, inv_snr=INV_SNR.value)
-    autoencoder.decoder.requires_grad_(False)  # guidance differentiates with respect to the state only
-    images, origin = read_images(cfg, INPUT.value, SIZE.value, NUM_SAMPLES.value)
+    autoencoder = APPLICATION.load(cfg, sampler)
+    images, origin = APPLICATION.read_images(cfg, APPLICATION.count.value)
     total, *image_shape = images.shape
     size, count = image_shape[1:], POSTERIOR_SAMPLES.value
     autoencoder.check_size(size)
     build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, 0, autoencoder.device)  # mistakes show here
-    draw_latents, latent_model = latent_sampler(LATENT_CONFIG, autoencoder)
-
-    output = Path(OUTPUT.value or f"inverse_problems/{cfg.run.experiment}")
-    settings = {**origin, "size": size, "operator": OPERATOR.value, "noise": NOISE.value, "rule": RULE.value,
-                "guidance": GUIDANCE.value, "posterior_samples": count, "sampler": autoencoder.sampler,
-                "steps": autoencoder.steps, "seed": cfg.run.seed, "inv_snr": INV_SNR.value,
-                "decoder": autoencoder.identity, "latent_model": latent_model}
-    names = ("originals", "backprojected", "means", "deviations")
-    folders = open_folders(output, {**dict.fromkeys(names, total), "samples": total * count}, settings)
-    samples_folder = folders.pop("samples")
+    draw_latents, latent_model = APPLICATION.latent_sampler(autoencoder)
+    results = APPLICATION.results(
+        autoencoder, "", dict.fromkeys(("originals", "backprojected", "means", "deviations"), total),
+        {**origin, "size": size, "operator": OPERATOR.value, "noise": NOISE.value, "rule": RULE.value,
+         "guidance": GUIDANCE.value, "posterior_samples": count, "latent_model": latent_model})
+    folders = results.folders
+    all_samples = results.folder("samples", total * count)
     mean, spectrum = training_statistics(cfg, size, autoencoder.device)
 
-    for (index,), progress in folders["deviations"].missing_batches(1, autoencoder.steps, folders.values()):
+    for (index,), progress in results.missing_batches(1, autoencoder.steps):
         truth = to_float(images[index])[None].to(autoencoder.device)
         operator = build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, index, autoencoder.device)
         clean = operator.A(truth)
@@ -97,21 +76,20 @@ def main():
             correction = gaussian_update(operator, data - operator.A(mean), spectrum.apply_covariance)
             z = autoencoder.encode((mean + correction).clamp(-1, 1)).expand(count, -1)
         samples = solve(autoencoder, z, operator, data, spectrum, size, index, progress)
-        places = [index * count + place for place in range(count)]
+        all_samples.save(range(index * count, (index + 1) * count), samples)
         deviation = samples.std(0, keepdim=True)
-        samples_folder.save(places, samples)
-        if ARRAYS.value:
-            save_arrays(output / "arrays", index, data=data, mean=samples.mean(0), deviation=deviation[0],
-                        samples=samples)
-        save_batch(folders, [index], {
-            "originals": truth, "backprojected": pseudo_inverse(operator, data).clamp(-1, 1),
-            "means": samples.mean(0, keepdim=True), "deviations": 2 * deviation / deviation.max().clamp(min=1e-6) - 1})
+        if APPLICATION.arrays.value:
+            np.save(results.output / f"data_{index:05d}.npy", data[0].cpu().numpy())
+        folders["deviations"].save([index], 2 * deviation / deviation.max().clamp(min=1e-6) - 1, deviation)
+        results.save([index], {"originals": truth, "backprojected": pseudo_inverse(operator, data).clamp(-1, 1),
+                               "means": samples.mean(0, keepdim=True)})
 
-    scores = score(folders["originals"].load(), samples_folder.load().unflatten(0, (total, count)))
-    write_scores(output, scores, settings, cfg)
-    write_grid(output, folders)
+    scores = score(folders["originals"].load(), all_samples.load().unflatten(0, (total, count)))
+    results.write_scores(scores)
+    results.write_grid()
     print(f"{total} images, {count} samples each: error of the mean {scores['error']:.4f}, standard deviation of the "
-          f"samples {scores['deviation']:.4f}, truth within two of them {scores['coverage']:.0%}; images in {output}")
+          f"samples {scores['deviation']:.4f}, truth within two of them {scores['coverage']:.0%}; images in "
+          f"{results.output}")
 
 
 def training_statistics(cfg, size, device):
@@ -135,20 +113,14 @@ def solve(autoencoder, z, operator, data, spectrum, size, index, progress):
         def path(denoise, x, repeated=repeated, generators=generators):
             if RULE.value == "guidance":
                 constraint = Constraint(operator, repeated, diffusion.mollifier)
-                return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, generator=generators)
+                return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, limited=True,
+                                   generator=generators)
             return sample(PosteriorDenoiser(denoise, diffusion, operator, repeated, spectrum), x, diffusion, generators)
 
         share = len(latents) / len(z)
         samples.append(autoencoder.decode(latents, size, generators=generators, path=path,
                                           progress=lambda done, share=share: progress(done * share)))
     return torch.cat(samples)
-
-
-def save_arrays(folder, index, **arrays):
-    """Write <folder>/<index>_<name>.npy for every array."""
-    folder.mkdir(exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{index:05d}_{name}.npy", array.cpu().numpy())
 
 
 def score(truth, samples):

@@ -14,6 +14,7 @@ from data.coordinates import KINDS, Coordinates
 from diffusion.gaussian_diffusion import build_diffusion
 from diffusion.mollifier import GaussianMollifier
 from diffusion.timestep_samplers import build_timestep_sampler
+from experiments.lib.sampling import parse_image_size, parse_window
 from models.build import build_decoder, build_encoder, build_latent_model
 from models.interpolation import grid_to_points, knn_to_grid, nearest_pixels
 from models.sparse_conv import sparse_conv
@@ -21,7 +22,7 @@ from tests.reference import interpolation as reference_interpolation
 from tests.reference import mollifier as reference_mollifier
 from tests.reference import sparse_conv as reference_conv
 from tests.tiny import tiny_config, tiny_latent_config
-from utils.config import parse_image_size, parse_window, read_autoencoder_config, read_latent_config
+from utils.config import read_autoencoder_config, read_latent_config
 from utils.errors import UserError
 from utils.rng import generator, sample_generators
 

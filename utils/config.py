@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import os
-import re
 import runpy
 import traceback
 from pathlib import Path
@@ -19,9 +18,6 @@ from configs.defaults import autoencoder_config, latent_config
 from utils import distributed
 from utils.checkpoint import architecture_fields
 from utils.errors import UserError
-
-MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
-MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
 
 MAX_NAME = 255  # bytes of a file name
 PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir")
@@ -284,45 +280,3 @@ def changed_fields(values, defaults):
         if list(value) != list(default) if isinstance(default, tuple) else value != default:
             changed.append((name, default, value))
     return changed
-
-
-def parse_image_size(text, default, flag="sample_img_size", whole=True):
-    """(H, W) from "256", "192x256" or None, which means default x default; `flag` is named in the error.
-
-    whole   False if only a window of the image is sampled
-    """
-    if text is None:
-        return default, default
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < 16:
-        raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
-    if max(size) > MAX_SIDE:
-        raise UserError(f"--{flag}={text} must be at most {MAX_SIDE} pixels")
-    if whole:
-        check_image_size(size, f"--{flag}={text}")
-    return size
-
-
-def check_image_size(size, flag):
-    """UserError if images or windows of size (H, W), which `flag` (--name=value) asks for, are too large to sample."""
-    if math.prod(size) > MAX_PIXELS:
-        raise UserError(f"{flag} asks for {size[0]}x{size[1]} pixels; at most {MAX_PIXELS}, such as 8192x8192, can be "
-                        "sampled at once; lower it, or sample a smaller --window by generate_samples.py")
-
-
-def parse_window(text, size):
-    """((top, bottom), (left, right)) in pixels of an image of size (H, W): all pixels that the window "x0 y0 x1 y1", in
-    fractions of the image, touches. None for None."""
-    if text is None:
-        return None
-    try:
-        x0, y0, x1, y1 = (float(word) for word in re.split(r"[\s,]+", text.strip()))
-    except ValueError:
-        x0 = y0 = x1 = y1 = -1.0
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
-                        "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
-    spans = [(min(math.floor(round(first * length, 6)), length - 1), math.ceil(round(end * length, 6)))
-             for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1]))]
-    return tuple((first, max(end, first + 1)) for first, end in spans)

@@ -69,13 +69,15 @@ class ImageFolder:
                     self._write()
         distributed.barrier()
 
-    def save(self, indices, images):
-        """Write float images [B, C, H, W] in [−1, 1] as 8-bit PNGs under their indices; `arrays` are float32, as given.
+    def save(self, indices, images, arrays=None):
+        """Write float images [B, C, H, W] in [−1, 1] as 8-bit PNGs under their indices.
+
+        arrays   float [B, C, H, W] for the .npy files, which are float32; None: the images
         """
-        for index, image in zip(indices, images, strict=True):
+        for index, image, array in zip(indices, images, images if arrays is None else arrays, strict=True):
             if self.arrays:
                 with replacing(self.file(index).with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
-                    np.save(file, image.float().cpu().numpy())
+                    np.save(file, array.float().cpu().numpy())
             save_png(to_uint8(image), self.file(index))
 
     def holds(self, index):

@@ -5,6 +5,7 @@ A script calls each of the functions that define a flag once.
 
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from utils.checkpoint import identity
 from utils.device import autocast, resolve_device, resolve_dtype
 from utils.errors import UserError
 
+MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
+MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
 MAX_POINTS = 2**20  # 3 GB with 64 features in float32
 
 
@@ -66,11 +69,6 @@ def max_points_flag():
     """--max_points"""
     return flags.DEFINE_integer("max_points", MAX_POINTS, "most pixels, of all images together, that the network "
                                 "processes at a time; lower it to save memory", lower_bound=1)
-
-
-def input_flag():
-    """--input"""
-    return flags.DEFINE_string("input", None, "folder of images of one size, instead of held-out images")
 
 
 def arrays_flag():
@@ -204,15 +202,15 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
         raise UserError("an autoencoder is sampled with a latent model; give the latent config as --config and the "
                         "autoencoder's as --decoder_config (only a model with model.z_dim=0 is sampled alone)")
     own = cfg or decoder_cfg
-    size = config.parse_image_size(options.size.value, decoder_cfg.data.img_size, whole=window is None)
-    spans = config.parse_window(window, size)
+    size = parse_image_size(options.size.value, decoder_cfg.data.img_size, whole=window is None)
+    spans = parse_window(window, size)
     check_eta(options.eta, options.sampler, decoder_cfg)
     autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
                                      own.run, options.inv_snr.value)
     name = "{}_{}x{}".format(own.run.experiment, *size)
     draw = {}
     if spans:
-        config.check_image_size([end - first for first, end in spans], f"--window={window}")
+        check_image_size([end - first for first, end in spans], f"--window={window}")
         check_window(autoencoder.diffusion)
         draw["draw"] = functools.partial(decode_window, window=spans)
         name += "_rows_{}_{}_columns_{}_{}".format(*spans[0], *spans[1])
@@ -236,3 +234,45 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
         folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,
                                                 generators=generators, **draw))
     return folder
+
+
+def parse_image_size(text, default, flag="sample_img_size", whole=True):
+    """(H, W) from "256", "192x256" or None, which means default x default; `flag` is named in the error.
+
+    whole   False if only a window of the image is sampled
+    """
+    if text is None:
+        return default, default
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 16:
+        raise UserError(f"--{flag}={text} must be a number of pixels, at least 16, or HEIGHTxWIDTH")
+    if max(size) > MAX_SIDE:
+        raise UserError(f"--{flag}={text} must be at most {MAX_SIDE} pixels")
+    if whole:
+        check_image_size(size, f"--{flag}={text}")
+    return size
+
+
+def check_image_size(size, flag):
+    """UserError if images or windows of size (H, W), which `flag` (--name=value) asks for, are too large to sample."""
+    if math.prod(size) > MAX_PIXELS:
+        raise UserError(f"{flag} asks for {size[0]}x{size[1]} pixels; at most {MAX_PIXELS}, such as 8192x8192, can be "
+                        "sampled at once; lower it, or sample a smaller --window by generate_samples.py")
+
+
+def parse_window(text, size):
+    """((top, bottom), (left, right)) in pixels of an image of size (H, W): all pixels that the window "x0 y0 x1 y1", in
+    fractions of the image, touches. None for None."""
+    if text is None:
+        return None
+    try:
+        x0, y0, x1, y1 = (float(word) for word in re.split(r"[\s,]+", text.strip()))
+    except ValueError:
+        x0 = y0 = x1 = y1 = -1.0
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise UserError(f"--window={text} must be four numbers x0 y0 x1 y1, the left, upper, right and lower end of "
+                        "the window as fractions of the image, with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+    spans = [(min(math.floor(round(first * length, 6)), length - 1), math.ceil(round(end * length, 6)))
+             for first, end, length in ((y0, y1, size[0]), (x0, x1, size[1]))]
+    return tuple((first, max(end, first + 1)) for first, end in spans)

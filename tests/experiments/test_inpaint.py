@@ -41,9 +41,10 @@ def test_known_pixels_are_kept_and_unknown_pixels_filled(trained, tmp_path, mask
 @pytest.mark.slow
 def test_consistency_and_guidance_fit_the_known_pixels(trained, tmp_path):
     fits = {name: inpaint(trained, tmp_path / name, "--sampling_steps=15", *flags)[1]["psnr_known"] for name, flags in (
-        ("neither", ["--guidance=0", "--consistency=0"]), ("guidance", ["--guidance=1", "--consistency=0"]),
-        ("consistency", ["--guidance=0"]))}
-    assert fits["guidance"] > fits["neither"] + 0.5 and fits["consistency"] > fits["neither"] + 4
+        ("neither", ["--guidance=0"]), ("paper", []), ("limited", ["--limit_guidance"]),
+        ("consistency", ["--guidance=0", "--consistency=1"]))}
+    assert fits["paper"] > fits["neither"] and fits["limited"] > fits["neither"] + 0.5
+    assert fits["consistency"] > fits["neither"] + 4
 
 
 @pytest.mark.slow
@@ -52,7 +53,8 @@ def test_options_change_the_result_and_the_batch_size_does_not(trained, tmp_path
     assert len(plain) == 3
     same = inpaint(trained, tmp_path / "same", "--num_samples=3", "--config.train.sample_size=3")[0]["results"]
     assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(plain, same, strict=True))
-    for name, *flags in (("guidance", "--guidance=0"), ("jumps", "--jumps=1"), ("seed", "--config.run.seed=1"),
+    for name, *flags in (("guidance", "--guidance=0"), ("jumps", "--jumps=1"), ("limited", "--limit_guidance"),
+                         ("seed", "--config.run.seed=1"),
                          ("consistency", "--consistency=0.5"), ("latent", "--latent_config", trained[2][1])):
         other = inpaint(trained, tmp_path / name, "--num_samples=3", *flags)[0]["results"]
         assert not torch.equal(other[0], plain[0]), name

@@ -30,9 +30,9 @@ def test_the_results_and_their_arrays(trained, tmp_path):
     assert scores["count"] == 1 and scores["deviation"] > 0 and 0 <= scores["coverage"] <= 1
     for name in ("originals", "backprojected", "means", "deviations", "samples"):
         assert len(list((tmp_path / "o" / name).glob("*.png"))) == (3 if name == "samples" else 1)
-    samples, mean, deviation, data = (np.load(tmp_path / "o" / "arrays" / f"00000_{name}.npy")
-                                      for name in ("samples", "mean", "deviation", "data"))
-    assert samples.shape == (3, 3, 16, 16) and data.shape == (1, 3 * 8 * 8 + 5)
+    samples = np.stack([np.load(tmp_path / "o" / "samples" / f"0000{i}.npy") for i in range(3)])
+    mean, deviation = (np.load(tmp_path / "o" / name / "00000.npy") for name in ("means", "deviations"))
+    assert samples.shape == (3, 3, 16, 16) and np.load(tmp_path / "o" / "data_00000.npy").shape == (3 * 8 * 8 + 5,)
     np.testing.assert_allclose(samples.mean(0), mean, atol=1e-6)
     np.testing.assert_allclose(samples.std(0, ddof=1), deviation, atol=1e-6)
 
@@ -43,10 +43,10 @@ def test_the_posterior_rule_reduces_the_misfit_even_of_a_network_that_has_learne
     def misfit(name, *flags):
         solve(trained, tmp_path / name, "--operator=downsampling:8", "--noise=0.02", "--sampling_steps=15",
               "--save_npy", *flags)
-        data, samples = (torch.from_numpy(np.load(tmp_path / name / "arrays" / f"00000_{part}.npy"))
-                         for part in ("data", "samples"))
+        data, *samples = (torch.from_numpy(np.load(tmp_path / name / file)) for file in (
+            "data_00000.npy", *(f"samples/0000{i}.npy" for i in range(3))))
         operator = build_operator("downsampling:8", (3, 16, 16), 0.02, 0, 0, "cpu")
-        return (operator.A(samples) - data).square().mean().sqrt()
+        return (operator.A(torch.stack(samples)) - data).square().mean().sqrt()
 
     nothing = misfit("nothing", "--rule=guidance", "--guidance=0")
     assert misfit("posterior") < 0.7 * nothing
