@@ -15,7 +15,7 @@ import threading
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from utils import distributed
 from utils.errors import UserError
@@ -157,9 +157,14 @@ class _Results:
 
     def __getitem__(self, x):
         try:
-            return self.function(x)
+            result = self.function(x)
         except UserError as error:
             return error  # raised in a worker, its message would include the worker's traceback
+        if get_worker_info():
+            for part in result if isinstance(result, tuple) else (result,):
+                if torch.is_tensor(part):  # else the thread that sends it would, and drop it without shared memory
+                    part.share_memory_()
+        return result
 
 
 def _start_fork_server():

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.loader import map_in_workers
 from utils import distributed
 from utils.errors import UserError
 from utils.rng import seed_of
@@ -104,45 +105,26 @@ def extract(images, feature_model, batch_size=64, num_workers=0, progress=None):
         raise ValueError("there are no images to extract features from")
     batches = list(torch.utils.data.BatchSampler(range(len(images)), batch_size, drop_last=False))
     own = [batches[place] for place in distributed.share(len(batches))]
-    loader = torch.utils.data.DataLoader(_Prepared(images, feature_model.prepare), batch_sampler=own,
-                                         num_workers=num_workers, collate_fn=_collate)
+    prepare = functools.partial(_prepare_batch, images, feature_model.prepare)
     features = []
     hidden = progress is None or not distributed.is_main()
     with torch.no_grad(), tqdm(total=len(images), desc=progress, unit="img", disable=hidden) as bar:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
+        for batch in map_in_workers(prepare, own, num_workers):
             features.append(feature_model.network(batch.to(feature_model.device)).float().cpu())
             bar.update(len(batch) * distributed.world_size())
     return distributed.concatenate(features).numpy()
 
 
-class _Prepared(torch.utils.data.Dataset):
-    """Preprocessed images. A UserError is returned as an item, since a worker would turn it into a traceback."""
-
-    def __init__(self, images, prepare):
-        self.images = images
-        self.prepare = prepare
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, place):
-        try:
-            image = self.images[place]
-        except UserError as error:
-            return error
+def _prepare_batch(images, prepare, places):
+    """The images at these places as the network takes them, float32 [B, 3, side, side]."""
+    batch = []
+    for place in places:
+        image = images[place]
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"image {place} must be uint8 [1 or 3, H, W], got {image.dtype} {tuple(image.shape)}")
-        array = self.prepare(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-        return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _collate(items):
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return torch.stack(items)
+        array = prepare(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        batch.append(torch.from_numpy(array).permute(2, 0, 1))
+    return torch.stack(batch)
 
 
 def _resize(size, image):

@@ -1,6 +1,7 @@
 """Mistakes about runs and folders: missing, damaged or foreign checkpoints, and folders with other contents. Each row
 is refused in one line with exit code 2, and every file stays unchanged."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -10,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.lib.sampling import TrainedAutoencoder
 from tests.scripts import refused, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
-from utils.checkpoint import FORMAT, MARK, _new_digest, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, MARK, load_checkpoint, save_checkpoint
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
@@ -45,11 +45,17 @@ class Evil:
         return os.system, ("touch it_ran",)
 
 
-def malicious(path):
-    content = pickle.dumps({"format": FORMAT, "kind": "autoencoder", "step": Evil()})
-    digest = _new_digest()
-    digest.update(content)
-    path.write_bytes(content + MARK + digest.hexdigest().encode())
+def sealed(dump, content):
+    """Write the content with its checksum, as anybody can."""
+    def spoil(path):
+        with open(path, "wb") as file:
+            dump(content, file)
+        content_bytes = path.read_bytes()
+        path.write_bytes(content_bytes + MARK + hashlib.blake2b(content_bytes, digest_size=32).hexdigest().encode())
+    return spoil
+
+
+malicious = sealed(pickle.dump, {"format": FORMAT, "kind": "autoencoder", "step": Evil()})
 
 
 def malicious_zip(path):
@@ -85,7 +91,7 @@ SPOILED = {
     "of the other stage": (put("tiny_sampler/latent_checkpoint.pt"), "holds a latent, not a autoencoder; check run"),
     "of another version": (change(format=1), f"format 1, this code reads format {FORMAT}, because the networks"),
     "of the future": (change(format=99), f"has checkpoint format 99, this code reads format {FORMAT}"),
-    "no dictionary": (lambda path: torch.save([1], path), "is not a readable checkpoint"),
+    "no dictionary": (sealed(torch.save, [1]), "has checkpoint format list"),
     "a pickle that runs code": (malicious, "is not a readable checkpoint"),
     "a file of torch.save that runs code": (malicious_zip, "is not a readable checkpoint"),
 }
@@ -180,14 +186,11 @@ OUTPUTS = [
     (STAGE_1, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
     (STAGE_2, "--config.run.output_dir=ae.py", "run.output_dir='ae.py': 'ae.py' is not a folder; choose another"),
     (STAGE_1, "--config.run.experiment=tiny/config.json", "tiny/config.json' is not a folder; choose another"),
-    (RECONS, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (EXPORT, "--output=w.pt", "--output=w.pt must end with .safetensors"),
     (EXPORT, "--output=ae.py/w.safetensors", "--output=ae.py/w.safetensors: 'ae.py' is not a folder; choose another"),
     (PREPARE, "--output=ae.py", "--output='ae.py' is a file"),
     (PREPARE, "--output=data", "is data.root_dir itself"),
     (PREPARE, "--output=checkpoints", "other files"),
-    (NOISE, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
-    (INPAINT, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
 ]
 
 
@@ -200,7 +203,7 @@ APPLY, WALK, SPECTRUM = (f"experiments/{name}.py" for name in ("super_resolution
 ABLATE, COMPARE, REPORT, BENCHMARK = (f"experiments/{name}.py" for name in (
     "ablate", "compare_resolutions", "report", "benchmark"))
 PIXELS = "--input=dots has images of 1x1, fewer pixels than model.knn_neighbours=3; give larger ones"
-IS_FILE, IS_FOLDER = "ae.py' is not a folder; choose another folder", "--output=data is a folder; give the name of a"
+IS_FOLDER = "--output=data is a folder; give the name of a file"
 CONFIG = "--config=ae.py"
 TEN_STEPS = f"{CONFIG} --axes=encoder --steps=10"
 
@@ -211,26 +214,21 @@ LATE = [
     (APPLY, f"{CONFIG} --sampling_steps=21", "--sampling_steps=21 must lie"),
     (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --scale=1000000", "--scale=1000000 asks for 20000000x20000000"),
     (RECONS, f"{CONFIG} --sampling_steps=3 --sample_img_size=20000", "--sample_img_size=20000 asks for"),
-    (APPLY, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --reach=1e308", "--reach=1e308: 1e+308 is not a number in"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --latent_config=ae.py", "leave one out"),
     (WALK, f"{CONFIG} --sampling_steps=3 --latent_config=ae.py", "--latent_config is an autoencoder config"),
     (WALK, f"{CONFIG} --sampling_steps=3 --input=data --sample_img_size=32", "--sample_img_size=32 applies to"),
-    (WALK, f"{CONFIG} --sampling_steps=3 --input=data --output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (INPAINT, f"{CONFIG} --sampling_steps=3 --input=dots", PIXELS),
     (SPECTRUM, f"{CONFIG} --samples=text", "image 'text/00000.png' can't be read"),
     (SPECTRUM, "--config=latent.py --samples=data", "--config is not an autoencoder config"),
-    (SPECTRUM, f"{CONFIG} --samples=data --output=ae.py", IS_FILE),
     (COMPARE, "--reference=data --samples=text", "image 'text/00000.png' can't be read"),
     (COMPARE, "--reference=data --samples=cut", "image 'cut/00000.png' can't be read"),
     (COMPARE, "--reference=data --samples=data --output=data", IS_FOLDER),
-    (COMPARE, "--reference=data --samples=data --output=ae.py/x.json", IS_FILE),
-    (REPORT, f"{CONFIG} --output=data", IS_FOLDER), (REPORT, f"{CONFIG} --output=ae.py/x.html", IS_FILE),
+    (REPORT, f"{CONFIG} --output=data", IS_FOLDER),
     (REPORT, f"{CONFIG} --search=-1", "search=-1"),
-    (BENCHMARK, f"{CONFIG} --output=data", IS_FOLDER), (BENCHMARK, f"{CONFIG} --output=ae.py/x.json", IS_FILE),
+    (BENCHMARK, f"{CONFIG} --output=data", IS_FOLDER),
     (BENCHMARK, f"{CONFIG} --suites=", "--suites= is unknown; choose from operator"),
-    (ABLATE, f"{CONFIG} --steps=10 --output=ae.py/x", IS_FILE),
     (ABLATE, f"{CONFIG} --steps=10 --axes=", "--axes= is unknown; choose from encoder"),
     (ABLATE, f"{CONFIG} --minutes=nan", "--minutes=nan: it must be a finite number"),
     (ABLATE, f"{CONFIG} --minutes=inf", "--minutes=inf: it must be a finite number"),
@@ -272,10 +270,3 @@ IN_PROC = {  # script: flags that have it write below /proc, where not even the 
 def test_a_folder_that_cannot_be_written(place, script, flags):
     line = refused(place, script, *flags.split())
     assert "cannot be written (" in line and re.search("--output='?/proc|output_dir='/proc", line)
-
-
-def test_running_out_of_memory_is_one_line(place, monkeypatch):
-    monkeypatch.setattr(TrainedAutoencoder, "encode", lambda *_: torch.empty(2**50))
-    result = run_script(RECONS, CONFIG, "--sampling_steps=3")
-    assert result.code == 1
-    assert result.err.splitlines()[-1].startswith("error: out of memory; to train, raise train.accumulation_steps")

@@ -4,12 +4,15 @@ import functools
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
 
 from data.loader import map_in_workers
 from utils import cli
@@ -19,9 +22,12 @@ from utils.shutdown import Stopped, StopRequest
 
 def work(failure, x):
     if x == 5 and failure == "worker raises":
-        raise KeyError("no such thing")
+        raise RuntimeError("no such thing")
     if x == 5 and failure == "worker is killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if failure == "no shared memory":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return torch.zeros(1000)
     return x
 
 

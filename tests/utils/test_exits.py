@@ -18,8 +18,9 @@ ENDS = {  # failure -> (exit code, last line of stderr or a part of it)
     "full disk": (1, "error: [Errno 28] No space left on device"),
     "mistake": (2, "error: data.root_dir='x' is wrong"),
     "is killed": (-signal.SIGKILL, ""),
-    "worker raises": (1, "no such thing"),
-    "worker is killed": (1, "error: a worker that reads data was killed"),
+    "worker raises": (1, "RuntimeError: no such thing"),
+    "no shared memory": (1, "ran out (RuntimeError: unable to "),
+    "worker is killed": (1, "error: a worker that reads data is lost"),
     "job is stopped": (75, "stopped"),
 }
 
@@ -45,7 +46,7 @@ def end_of(*command):
 
 def test_an_exception_in_a_worker_ends_the_script():
     code, error = end_of(SCRIPT, "fork", "worker raises")
-    assert code == 1 and "KeyError: 'no such thing'" in error
+    assert code == 1 and "RuntimeError: no such thing" in error
 
 
 @pytest.mark.slow
