@@ -7,13 +7,15 @@ from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from utils.images import CHANNELS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WHITE = "white"
 DARK = 1 / 16  # brightest pixel, as a share of white, below which the declared white of deep pixels is doubted
+
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a colour profile of more than Pillow's 1 MB is no reason to refuse an image
 
 # Pillow's exceptions for a file that is not an image, is truncated or damaged, or is a decompression bomb.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, RuntimeError, MemoryError,

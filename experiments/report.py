@@ -73,7 +73,7 @@ def main():
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape("∞-Diff: " + " and ".join(run.run.experiment for run in runs)), body=body)
     with replacing(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # file names may not be UTF-8
     if PICTURES.value:
         report_sections.save_pictures(Path(PICTURES.value), samples, reconstructions, BENCHMARK.value, autoencoder)
     print(f"report: {len(samples)} folders of samples, {len(reconstructions)} of reconstructions, {len(applications)} "

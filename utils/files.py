@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and checks of where they can be written."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -8,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 from utils.errors import UserError
+
+TEXT = "utf-8-sig"  # of text files that are read: UTF-8, also with the mark that editors on Windows put first
 
 try:
     import fcntl
@@ -57,7 +60,7 @@ def check_output_file(path, flag):
 def read_json(path):
     """The dict in a JSON file; {} if the file is missing or holds something else."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding=TEXT))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -91,12 +94,15 @@ def try_lock(path):
 
 
 def sync_folder(path):
-    """Flush the names in a folder to disk, as os.fsync does with the contents of a file."""
+    """Flush the names in a folder to disk, as os.fsync does with the contents of a file, where the system can."""
     if os.name == "nt":  # Windows cannot flush folders
         return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot either
+            raise
     finally:
         os.close(folder)
 

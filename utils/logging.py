@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import TEXT, replacing
 from utils.images import save_png
 
 
@@ -78,7 +78,7 @@ def read_metrics(path):
     its step comes after the newest checkpoint, and will be logged again.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True) if path.exists() else []
+    lines = path.read_text(encoding=TEXT, errors="replace").splitlines(True) if path.exists() else []
     result = []
     for number, line in enumerate(lines, 1):
         try:

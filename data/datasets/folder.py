@@ -6,6 +6,7 @@ import os
 from data.datasets.base import ImageDataset, split_tail
 from data.images import SUFFIXES, in_words, list_images
 from utils.errors import UserError
+from utils.files import TEXT
 
 
 class Folder(ImageDataset):
@@ -109,7 +110,7 @@ class CelebA(Folder):
 def _read_split(file):
     wanted = f'{file} must be {{"train": [file names], "val": [file names]}}, with no name in both and neither empty'
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding=TEXT) as stream:
             split = json.load(stream)
         train, held_out = set(split["train"]), set(split["val"])
     except (ValueError, KeyError, TypeError) as error:

@@ -160,7 +160,8 @@ def test_celeba_split_file(tmp_path):
     names = write_folder(tmp_path, 5)
     cfg = config("celeba", tmp_path, 20)
     assert torch.equal(build_dataset(cfg, False)[0], expected(4))
-    (tmp_path / "split.json").write_text(json.dumps({"train": [names[4], names[1]], "val": [names[0]]}))
+    split = json.dumps({"train": [names[4], names[1]], "val": [names[0]]}, indent=1)
+    (tmp_path / "split.json").write_bytes(b"\xef\xbb\xbf" + split.replace("\n", "\r\n").encode())  # as on Windows
     assert torch.equal(torch.stack(list(build_dataset(cfg, True))), torch.stack([expected(1), expected(4)]))
     assert torch.equal(torch.stack(list(build_dataset(cfg, False))), expected(0)[None])
 
@@ -182,24 +183,6 @@ def test_churches_crop_the_centre_whatever_the_encoding(tmp_path, suffix):
     image = build_dataset(config("churches", tmp_path, 20), True)[0]
     wanted = expected(0, 30, 20)[:, :, 5:25]
     assert (image.int() - wanted.int()).abs().float().mean() < (10 if suffix == "jpeg" else 1e-9)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_missing_and_empty_folders(name, tmp_path):
-    for root in ("", tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match="data.root_dir='.*README, Datasets"):
-            build_dataset(config(name, root), True)
-
-
-def test_one_image_is_too_few(tmp_path):
-    write_folder(tmp_path, 1)
-    with pytest.raises(UserError, match="at least 2"):
-        build_dataset(config("folder", tmp_path), True)
-
-
-def test_unknown_names():
-    with pytest.raises(UserError, match="data.name='imagenet' is not one of photos, tissue, folder, ffhq"):
-        build_dataset(config("imagenet"), True)
 
 
 def break_file(path, how):
@@ -245,14 +228,6 @@ def test_a_users_mistake_is_not_taken_for_a_bad_image(tmp_path, monkeypatch):
         dataset[0]
 
 
-def test_a_data_set_of_one_bad_image(tmp_path):
-    names = write_folder(tmp_path, 2)
-    dataset = build_dataset(config("folder", tmp_path), True)
-    break_file(tmp_path / names[0], "text")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of the training images .* 00000.png"):
-        dataset[0]
-
-
 @pytest.mark.parametrize("damage", ["garbage", "empty", "cut"])
 def test_a_damaged_lmdb_is_a_users_matter(tmp_path, damage):
     write_lsun(tmp_path, "train", 30)
@@ -270,12 +245,6 @@ def test_an_lmdb_can_be_read_again_after_it_was_replaced(tmp_path):
     shutil.rmtree(tmp_path / "a")
     shutil.copytree(tmp_path / "b", tmp_path / "a")
     assert len(build_dataset(config("churches", tmp_path / "a"), True)) == 5
-
-
-def test_an_lmdb_of_someone_else_is_refused(tmp_path):
-    write_lsun(tmp_path, "train", 3)
-    with pytest.raises(UserError, match="prepare"):
-        build_dataset(config("churches", tmp_path / "church_outdoor_train_lmdb"), True)
 
 
 def test_a_forked_worker_can_read_what_its_parent_has_open(tmp_path):
