@@ -18,29 +18,17 @@ from configs.defaults import autoencoder_config, latent_config
 from utils import distributed
 from utils.checkpoint import architecture_fields
 from utils.errors import UserError
+from utils.files import TEXT
 
 MAX_NAME = 255  # bytes of a file name
 PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir")
 
-# Smallest allowed value of every number.
+# Smallest allowed value of a number, if it is not 1 for an integer and 0 for a float.
 AT_LEAST = {
-    "run.seed": 0,
-    "data.img_size": 16, "data.channels": 1, "data.fid_samples": 1, "data.num_workers": 0, "data.white_level": 0.0,
-    "data.num_functions": 1, "data.num_heldout_functions": 1,
-    "train.batch_size": 1, "train.accumulation_steps": 1, "train.sample_size": 1, "train.max_steps": 1,
-    "train.plot_graph_steps": 1, "train.plot_samples_steps": 0, "train.validate_steps": 1, "train.checkpoint_steps": 1,
-    "train.ema_update_every": 1, "train.ema_decay": 0.0, "train.max_nonfinite_skips": 1,
-    "train.keep_checkpoints": 1,
-    "model.nf": 1, "model.time_emb_dim": 2, "model.num_conv_blocks": 1, "model.knn_neighbours": 1,
-    "model.kernel_size": 1, "model.uno_res": 1, "model.uno_base_channels": 1, "model.uno_dropout_from_resolution": 0,
-    "model.uno_dropout": 0.0, "model.z_dim": 0, "model.kld_weight": 0.0,
-    "model.num_layers": 2, "model.hid_channels": 1, "model.time_embed_dim": 2, "model.dropout": 0.0,
-    "diffusion.steps": 1, "diffusion.gaussian_filter_std": 0.0, "diffusion.data_std": 1e-3,
-    "diffusion.multiscale_max_img_size": 8,
-    "mc_integral.q_sample": 1,
-    "optimizer.learning_rate": 0.0, "optimizer.adam_beta1": 0.0, "optimizer.adam_beta2": 0.0,
-    "optimizer.weight_decay": 0.0, "optimizer.warmup_steps": 0, "optimizer.clip_gradient_norm": 0.0,
-    "optimizer.gradient_skip_threshold": 0.0,
+    "run.seed": 0, "data.img_size": 16, "data.num_workers": 0, "train.plot_samples_steps": 0,
+    "model.time_emb_dim": 2, "model.uno_dropout_from_resolution": 0, "model.z_dim": 0, "model.num_layers": 2,
+    "model.time_embed_dim": 2, "diffusion.data_std": 1e-3, "diffusion.multiscale_max_img_size": 8,
+    "optimizer.warmup_steps": 0,
 }
 BELOW = {"train.ema_decay": 1.0, "model.uno_dropout": 1.0, "model.dropout": 1.0, "optimizer.adam_beta1": 1.0,
          "optimizer.adam_beta2": 1.0}
@@ -145,7 +133,7 @@ def _take_architecture(config, flag):
         return False
     given = config_flags.get_override_values(flags.FLAGS[flag.name])
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding=TEXT))
         for section, name in architecture_fields(config):
             value = saved[section].get(name, config[section][name])
             value = tuple(value) if isinstance(value, list) else value
@@ -217,8 +205,9 @@ def _check(config, defaults, flag_name):
             raise UserError(f"{where} must be of type {kind}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where} must be a finite number")
-        if name in AT_LEAST and not value >= AT_LEAST[name]:
-            raise UserError(f"{where} must be at least {AT_LEAST[name]}")
+        least = AT_LEAST.get(name, {int: 1, float: 0.0}.get(type(default)))
+        if least is not None and value < least:
+            raise UserError(f"{where} must be at least {least}")
         if name in BELOW and not value < BELOW[name]:
             raise UserError(f"{where} must be below {BELOW[name]}")
         if name in ONE_OF and value not in ONE_OF[name]:

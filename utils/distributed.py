@@ -186,15 +186,9 @@ def concatenate(parts):
     own = torch.cat(parts).cpu() if parts else None
     if not _store:
         return own
-    shapes = [None] * world_size()
-    dist.all_gather_object(shapes, None if own is None else (len(own), own.shape[1], own.dtype))
-    lengths = [shape[0] if shape else 0 for shape in shapes]
-    _, width, dtype = next(shape for shape in shapes if shape)
-    padded = torch.zeros(max(lengths), width, dtype=dtype)
-    if own is not None:
-        padded[:len(own)] = own
-    gathered = gather(padded).unflatten(0, (world_size(), -1))
-    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return torch.cat([part for part in gathered if part is not None])
 
 
 def first_to_fail(reason):

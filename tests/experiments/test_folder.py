@@ -89,9 +89,3 @@ def test_time_adds_up_over_runs(tmp_path):
     (tmp_path / "settings.json").write_text('{"seconds": 100.0}')
     fill(ImageFolder(tmp_path, 4, {}))
     assert json.loads((tmp_path / "settings.json").read_text())["seconds"] >= 100.0
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is not a folder; choose another folder"):
-        ImageFolder(tmp_path / "file" / "below", 1, {})

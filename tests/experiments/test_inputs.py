@@ -41,16 +41,3 @@ def test_a_folder_gives_its_images_in_order_as_they_are(tmp_path):
     again = folder_images(cfg, tmp_path, 16)
     assert torch.equal(again[0][0], images[0]) and not torch.equal(again[0][1], images[1])
     assert again[1]["input"] == source["input"] and again[1]["data"] != source["data"]
-
-
-def test_mistakes_name_the_flag(tmp_path):
-    cfg = config("folder")
-    with pytest.raises(UserError, match="--input=.*absent is not a folder"):
-        folder_images(cfg, tmp_path / "absent", 4)
-    picture(0).save(tmp_path / "a.png")
-    picture(1, 20, 21).save(tmp_path / "b.png")
-    with pytest.raises(UserError, match="a.png of 20x20 and b.png of 21x20"):
-        folder_images(cfg, tmp_path, 4)
-    (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="a.png' can't be read"):
-        folder_images(cfg, tmp_path, 4)

@@ -52,12 +52,6 @@ def test_folders_below_are_read_and_other_files_passed_over(tmp_path):
     assert len(SampleFolder(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_other_eight_bit_modes_become_rgb(tmp_path, mode):
-    expected = write(tmp_path / "0.png", mode=mode)
-    np.testing.assert_array_equal(SampleFolder(tmp_path)[0].permute(1, 2, 0).numpy(), expected)
-
-
 def test_folders_of_a_script_are_not_mixed(tmp_path):
     for name in ("originals", "reconstructions"):
         write(tmp_path / name / "00000.png")
@@ -91,19 +85,3 @@ def test_mixed_sizes(tmp_path):
     write(tmp_path / "1.png", (14, 10))
     check_refused("different sizes, 0.png of 10x14 and 1.png of 14x10", tmp_path)
     assert len(SampleFolder(tmp_path, 1)) == 1
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture"])
-def test_what_is_not_a_picture_is_refused_at_once(tmp_path, content):
-    write(tmp_path / "0.png")
-    (tmp_path / "1.png").write_bytes(content)
-    check_refused("1.png' can't be read", tmp_path)
-
-
-def test_damaged_pixels_are_refused_when_read(tmp_path):
-    write(tmp_path / "0.png", (64, 64))
-    content = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "0.png").write_bytes(content[:len(content) // 2])
-    samples = SampleFolder(tmp_path)
-    with pytest.raises(UserError, match="0.png' can't be read"):
-        samples[0]
