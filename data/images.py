@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from utils.images import CHANNELS
 
@@ -85,10 +85,10 @@ def read_header(source):
     Raises one of UNREADABLE.
     """
     with Image.open(source) as image:
-        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()  # which would decode a PNG
+        decodes = image.format == "PNG" and "exif" not in image.info  # to look for EXIF data behind the pixels
         # Pillow's size of a TIFF takes the orientation into account in some versions
         width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
-        sideways = exif.get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
+        sideways = not decodes and _orientation(image) >= 5  # which swaps the axes
         width //= _channels_beside(image)
         return (width, height) if sideways else (height, width), image.has_transparency_data
 
@@ -101,10 +101,21 @@ def _channels_beside(image):
 def _open(source, channels, background, white_level):
     with Image.open(source) as image:
         white = white_level or _declared_white(image)
-        image = ImageOps.exif_transpose(image)
+        image.load()  # turns a TIFF
+        if _orientation(image) > 1:
+            image = ImageOps.exif_transpose(image)
     if _is_deep(image):
         image = _scaled(image, white, declared=not white_level)
     return to_mode(image, channels or (1 if image.mode == "L" else 3), background)
+
+
+def _orientation(image):
+    """Orientation in the EXIF data, 1 (upright) to 8; 1 if they are missing or damaged."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _is_deep(image):

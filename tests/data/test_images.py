@@ -131,6 +131,14 @@ def test_orientation_of_a_camera_is_applied():
         assert header == ((4, 3), False) and read_image(encoded(image, suffix, exif=exif)).shape[1:] == header[0]
 
 
+@pytest.mark.parametrize("exif", [b"garbage", b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0"],
+                         ids=["damaged", "orientation 9"])
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp"])
+def test_an_orientation_that_makes_no_sense_is_ignored(suffix, exif):
+    file = encoded(Image.new("L", (4, 3)), suffix, exif=b"Exif\0\0" + exif)
+    assert read_header(file) == ((3, 4), False) and read_image(file).shape[1:] == (3, 4)
+
+
 @pytest.mark.parametrize("content", [
     b"", b"not an image", encoded(Image.new("RGB", (64, 64), "red")).read()[:60],
     encoded(Image.effect_noise((64, 64), 90), "jpeg").read()[:700]],
