@@ -139,10 +139,7 @@ def _take_architecture(config, flag):
             value = tuple(value) if isinstance(value, list) else value
             if f"{section}.{name}" not in given and config[section][name] != value:
                 config[section][name] = value
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}); repair or remove the file"
-                        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # that of JSON names the line
         raise UserError(f"{path} is not the config of a run ({type(error).__name__}: {error}); repair or remove it"
                         ) from error
     return True

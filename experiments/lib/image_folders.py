@@ -4,7 +4,6 @@ The images of a folder, or the held-out ones of a config, also serve as inputs o
 """
 
 import functools
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -93,7 +92,7 @@ class ImageFolder:
         check_writable(self.path, f"--output={self.output}")
         self.path.mkdir(parents=True, exist_ok=True)
         has_images = any(self.path.glob("*.png"))
-        saved = self._read() if has_images else {}
+        saved = read_json(self._record) if has_images else {}
         for name, value in settings.items():
             if name in saved and saved[name] != value:
                 raise UserError(f"--output={self.output} holds images made with {name}={saved[name]!r}, not {value!r}; "
@@ -102,14 +101,6 @@ class ImageFolder:
             raise UserError(f"--output={self.output} holds images of unknown origin; choose another folder")
         self.settings = {**settings, "seconds": saved.get("seconds", 0.0)}
         self._write()
-
-    def _read(self):
-        try:
-            return json.loads(self._record.read_text())
-        except FileNotFoundError:
-            return {}
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self._record} is not readable ({error}); remove the folder and sample again") from error
 
     def _write(self):
         write_json(self._record, self.settings)

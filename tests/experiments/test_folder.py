@@ -80,7 +80,7 @@ def test_images_of_unknown_origin_and_a_broken_record_are_refused(tmp_path):
         ImageFolder(tmp_path / "a", 1, {})
     fill(ImageFolder(tmp_path / "b", 1, {}))
     (tmp_path / "b" / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(UserError, match="unknown origin"):
         ImageFolder(tmp_path / "b", 1, {})
 
 
