@@ -72,7 +72,11 @@ class ImageFolder:
         """Write float images [B, C, H, W] in [−1, 1] as 8-bit PNGs under their indices.
 
         arrays   float [B, C, H, W] for the .npy files, which are float32; None: the images
+        Raises FloatingPointError for a value that is not finite, which would become a black pixel.
         """
+        if not images.isfinite().all():
+            raise FloatingPointError(f"{self.path}: images {indices[0]} to {indices[-1]} have values that are not "
+                                     "finite; sample with train.precision=fp32")
         for index, image, array in zip(indices, images, images if arrays is None else arrays, strict=True):
             if self.arrays:
                 with replacing(self.file(index).with_suffix(".npy")) as temporary, open(temporary, "wb") as file:

@@ -40,6 +40,14 @@ def test_truncated_and_changed_images_are_made_again(tmp_path, damage):
     assert (tmp_path / "00001.png").read_bytes() == whole
 
 
+def test_values_that_are_not_finite_do_not_become_black_pixels(tmp_path):
+    images = torch.zeros(2, 3, 4, 4)
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="images 0 to 1 have values that are not finite"):
+        ImageFolder(tmp_path, 2, {}).save([0, 1], images)
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_what_is_missing_in_a_folder_filled_along_is_made_again(tmp_path):
     folders = [ImageFolder(tmp_path / name, 4, {}) for name in "ab"]
     for folder in folders:
