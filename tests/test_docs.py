@@ -353,7 +353,7 @@ def test_command(shrunk, monkeypatch, command):
 def test_the_commands_of_make_demo(shrunk, monkeypatch):
     monkeypatch.chdir(shrunk.folder)
     found = make_commands("demo")
-    assert len(found) == 10
+    assert len(found) == 12
     for command in found:
         result = shrunk.run(command)
         assert result.code == 0, (command, result.err)

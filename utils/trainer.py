@@ -170,6 +170,7 @@ class Trainer:
     def _run(self, batches):
         train = self.config.train
         self.start = time.monotonic() - self.seconds
+        first = self.step
         while True:
             stop = self.request.agreed()
             if not stop and self._evaluates():  # also before the first step: the run may have been killed at this one
@@ -185,6 +186,11 @@ class Trainer:
             self.training_step(batches)
             self.checkpoints.check()
             self.progress.update()
+            if self.step == first + 2:  # the first step compiles
+                compiled = time.monotonic() - self.start
+            elif self.step == first + 12:
+                minutes = (time.monotonic() - self.start - compiled) / 10 * (train.max_steps - self.step) / 60
+                logging.info("about %.1f more minutes for %d steps", minutes, train.max_steps - self.step)
             if self.step % train.plot_graph_steps == 0:
                 averages = self._averages()
                 self.progress.set_postfix({name: f"{averages[name]:.4f}" for name in averages if name == "loss"})

@@ -8,6 +8,8 @@ from pathlib import Path
 from data.images import UNREADABLE, WHITE, load_image, read_header
 from utils.errors import UserError
 
+FEW = 190  # training images of a folder of 200
+
 
 class ImageDataset:
     """A list of images of one size, uint8 [C, H, W], without augmentation.
@@ -81,7 +83,9 @@ class ImageDataset:
         return f"{self.name}: {len(self)} {part} images of {height}x{width}, {self.channels} channels, {self.root}"
 
     def notes(self):
-        """Lines about images that are left out or altered, from the headers of at most `sampled` of them."""
+        """Lines about too few images, and, from the headers of at most `sampled`, about those that are altered."""
+        if self.train and len(self) < FEW:
+            yield f"only {len(self)} images to train on: with fewer than 200 in all, expect copies of them, or blur"
         looked, small, transparent = spread(len(self), self.sampled), 0, 0
         for index in looked:
             try:

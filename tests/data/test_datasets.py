@@ -123,6 +123,7 @@ def test_every_image_is_accounted_for(tmp_path, caplog):
     assert "\n".join(caplog.messages).splitlines() == [
         f"folder: 38 training images of 16x16, 3 channels, {tmp_path}",
         "  left out: 1 .gif files, 1 links that lead nowhere",
+        "  only 38 images to train on: with fewer than 200 in all, expect copies of them, or blur",
         "  1 of 38 examined images are smaller than 16x16: enlarged",
         "  1 of 38 examined images have an alpha channel: composited on white (data.background)",
         f"folder: 2 held-out images of 16x16, 3 channels, {tmp_path}",

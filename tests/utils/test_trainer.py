@@ -448,7 +448,8 @@ def test_deterministic_algorithms_are_used_if_asked_for(tmp_path, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_seconds_add_up_over_starts_and_leave_out_evaluation(tmp_path, monkeypatch):
+def test_seconds_add_up_over_starts_and_leave_out_evaluation(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     now = [0]
 
     def loss(modules, batch, step):
@@ -460,14 +461,16 @@ def test_seconds_add_up_over_starts_and_leave_out_evaluation(tmp_path, monkeypat
         return {"samples": torch.zeros(3, 4, 4, dtype=torch.uint8)}
 
     monkeypatch.setattr("utils.trainer.time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    for max_steps in (3, 5, 9):  # stops between two lines of metrics
+    for max_steps in (3, 5, 9, 27):  # stops between two lines of metrics
         trainer = make_trainer(tmp_path, max_steps, loss=loss, plot=plot, train__plot_samples_steps=2,
                                train__plot_graph_steps=4)
         now[0] += 100  # preparations between the constructor and train()
         trainer.train()
     metrics = lines_of(tmp_path)
-    assert [(line["step"], line["seconds"]) for line in metrics if "seconds" in line] == [(4, 4), (8, 8)]
-    assert training_seconds(metrics) == 8 and seconds_per_step(metrics) == 1
+    assert [(line["step"], line["seconds"]) for line in metrics if "seconds" in line] == [
+        (step, step) for step in range(4, 28, 4)]
+    assert training_seconds(metrics) == 24 and seconds_per_step(metrics) == 1
+    assert [message for message in caplog.messages if "about" in message] == ["about 0.1 more minutes for 6 steps"]
 
 
 def test_an_interval_of_zero_switches_images_off(tmp_path):
