@@ -17,6 +17,7 @@ from data.datasets.lmdb import LmdbReader, close, is_lmdb
 from data.images import UNREADABLE
 from data.loader import map_in_workers
 from utils.errors import UserError
+from utils.files import check_writable
 from utils.images import to_pil
 
 FORMAT = 1
@@ -79,7 +80,7 @@ class Prepared(ImageDataset):
 def write_prepared(train_set, held_out_set, output, num_workers):
     """Write both parts of a data set to the LMDB folder `output`, or whatever is missing there. Returns the record.
 
-    Raises UserError if the folder holds anything else, or too many images are unreadable.
+    Raises UserError if the folder holds anything else, or too many images are unreadable, and OSError if writing fails.
     """
     datasets = {"train": train_set, "held_out": held_out_set}
     try:
@@ -98,8 +99,8 @@ def write_prepared(train_set, held_out_set, output, num_workers):
                                     "images can be read; check the files")
             _commit(environment, [(RECORD, _encode_record(record | {"complete": True}))])
     except (lmdb.Error, OSError) as error:
-        raise UserError(f"--output='{output}' cannot be written ({error}); solve that and run the same command again, "
-                        "or choose another folder") from error
+        raise OSError(f"--output={output} could not be written ({error}); solve that and run the same command again"
+                      ) from error
     return record
 
 
@@ -122,8 +123,7 @@ def _image_key(part, index):
 def _check_folder(output, source):
     if os.path.realpath(output) == os.path.realpath(source):
         raise UserError(f"--output='{output}' is data.root_dir itself; choose another folder")
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise UserError(f"--output='{output}' is a file; choose a folder that does not exist yet")
+    check_writable(output, f"--output={output}")
     if os.path.isdir(output) and os.listdir(output) and not is_lmdb(output):
         raise UserError(f"--output='{output}' has other files in it; choose a folder that does not exist yet")
     os.makedirs(output, exist_ok=True)

@@ -131,7 +131,7 @@ def test_orientation_of_a_camera_is_applied():
         assert header == ((4, 3), False) and read_image(encoded(image, suffix, exif=exif)).shape[1:] == header[0]
 
 
-@pytest.mark.parametrize("exif", [b"garbage", b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0"],
+@pytest.mark.parametrize("exif", [b"garbage", b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0"],
                          ids=["damaged", "orientation 9"])
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "webp"])
 def test_an_orientation_that_makes_no_sense_is_ignored(suffix, exif):

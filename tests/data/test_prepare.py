@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lmdb
 import pytest
 import torch
 
@@ -188,6 +189,15 @@ def test_another_lmdb_is_not_written_to(source, tmp_path):
     write_lsun(tmp_path, "train", 2)
     with pytest.raises(UserError, match="another LMDB"):
         prepare(source, tmp_path / "church_outdoor_train_lmdb")
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(source, output, monkeypatch):
+    def full(*_):
+        raise lmdb.DiskError("No space left on device")
+
+    monkeypatch.setattr(prepared, "_commit", full)
+    with pytest.raises(OSError, match="--output=.* could not be written .*No space left"):
+        prepare(source, output)
 
 
 def test_the_map_grows(source, output, monkeypatch):

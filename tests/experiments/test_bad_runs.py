@@ -188,7 +188,7 @@ OUTPUTS = [
     (STAGE_1, "--config.run.experiment=tiny/config.json", "tiny/config.json' is not a folder; choose another"),
     (EXPORT, "--output=w.pt", "--output=w.pt must end with .safetensors"),
     (EXPORT, "--output=ae.py/w.safetensors", "--output=ae.py/w.safetensors: 'ae.py' is not a folder; choose another"),
-    (PREPARE, "--output=ae.py", "--output='ae.py' is a file"),
+    (PREPARE, "--output=ae.py", "--output=ae.py: 'ae.py' is not a folder"),
     (PREPARE, "--output=data", "is data.root_dir itself"),
     (PREPARE, "--output=checkpoints", "other files"),
 ]

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -186,6 +187,14 @@ def test_a_run_without_its_checkpoint_has_a_page(trained, made, tmp_path):
     text, out = make_page(tmp_path / "page.html", *single, f"--config.run.output_dir={tmp_path / 'runs'}", "--folder",
                           tmp_path)
     assert "1 of applications" in out and "2 steps; MADE BY ANOTHER CHECKPOINT than that of this run: grid" in text
+
+
+@pytest.mark.slow
+def test_a_folder_whose_name_is_not_utf_8_is_shown(trained, tmp_path):
+    root = tmp_path / os.fsdecode(b"data \xff")
+    root.symlink_to(trained[0] / "data")
+    text, _ = make_page(tmp_path / "page.html", *trained[1], f"--config.data.root_dir={root}")
+    assert f"{tmp_path}/data ?" in text
 
 
 MADE = '{"decoder": 3, "size": %s, "steps": 1, "sampler": [], "seconds": %s, "latent_model": 1, "experiment": "tiny"}'
