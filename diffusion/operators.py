@@ -6,7 +6,7 @@ An operator is any object with three members:
     A_adjoint(data)     the adjoint, data -> [B, C, H, W]: <A x, y> = <x, A* y>
     noise               standard deviation of n; 0 for exact data
 
-These are the names of deepinv's physics classes. Operators work in float32, and in float64 for float64 images.
+Operators work in float32, and in float64 for float64 images.
 """
 
 import functools
@@ -181,6 +181,17 @@ class Stack:
         parts = data.split([shape.numel() for shape in self.shapes], dim=1)
         return sum(operator.A_adjoint(weight * part.unflatten(1, shape)) for operator, weight, part, shape in
                    zip(self.operators, self.weights, parts, self.shapes, strict=True))
+
+
+class Physics:
+    """A linear physics object of the deepinv package, with A and A_adjoint, as an operator.
+
+    The noise level is the sigma of its noise model or, if that has none, `noise`.
+    """
+
+    def __init__(self, physics, noise=0.0):
+        self.A, self.A_adjoint = physics.A, physics.A_adjoint
+        self.noise = float(getattr(physics.noise_model, "sigma", noise))
 
 
 def adjoint_of(forward, data, shape):

@@ -6,7 +6,7 @@ import re
 import torch
 
 from data.datasets.functions import load_function
-from diffusion.operators import Blur, Channels, Downsampling, Mask, Points, Projections, Stack
+from diffusion.operators import Blur, Channels, Downsampling, Mask, Physics, Points, Projections, Stack
 from experiments.lib.masks import KINDS, make_masks
 from utils import rng
 from utils.errors import UserError
@@ -63,7 +63,11 @@ def _term(text, term, image_shape, noise, generator, seed, index, device):
                         f"images of {size[0]}x{size[1]}") from None
     if not re.fullmatch(r"[\w.]+:[\w.]+", term):
         raise UserError(f"--operator={text}: {term!r} is not one of {FORMS}")
-    operator = load_function(term, "--operator")(image_shape, noise)
+    operator = load_function(term, "--operator")
+    if isinstance(operator, type) or not hasattr(operator, "A_adjoint"):
+        operator = operator(image_shape, noise)
+    if hasattr(operator, "noise_model"):  # of deepinv, whose noise is a method
+        operator = Physics(operator.to(device), noise)
     missing = [name for name in ("A", "A_adjoint", "noise") if not hasattr(operator, name)]
     if missing:
         raise UserError(f"--operator={text}: {term!r} made an object without {' and '.join(missing)}; see "

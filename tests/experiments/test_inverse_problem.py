@@ -60,6 +60,35 @@ def test_the_batch_does_not_matter_and_another_resolution_works(trained, tmp_pat
     assert (first - second).abs().max() <= 1 and other.shape == (3, 18, 20)
 
 
+class Deepinv(torch.nn.Module):
+    """The interface of a linear physics class of deepinv: the right half of an image, twice."""
+
+    def __init__(self, noise_model):
+        super().__init__()
+        self.noise_model = noise_model
+
+    def A(self, x, **kwargs):
+        return 2 * x[..., x.shape[-1] // 2:]
+
+    def A_adjoint(self, y, **kwargs):
+        return torch.cat([torch.zeros_like(y), 2 * y], dim=-1)
+
+    def noise(self, x, **kwargs):
+        return x
+
+
+def test_physics_of_deepinv_as_an_object_and_from_a_factory(monkeypatch):
+    module = types.ModuleType("my_physics")
+    module.noisy = Deepinv(types.SimpleNamespace(sigma=torch.tensor(0.3)))
+    module.make = lambda image_shape, noise: Deepinv(types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "my_physics", module)
+    for name, level in (("noisy", 0.3), ("make", 0.1), ("noisy+points:5", 0.1)):
+        operator = build_operator(f"my_physics:{name}", (3, 4, 6), 0.1, 0, 0, "cpu")
+        assert operator.noise == pytest.approx(level)
+        if "+" not in name:
+            assert operator.A(torch.ones(1, 3, 4, 6)).sum() == 2 * 3 * 4 * 3
+
+
 def test_an_operator_of_a_user(monkeypatch):
     module = types.ModuleType("my_operators")
 
