@@ -3,9 +3,9 @@
     python experiments/inverse_problem.py --config configs/random_fields_config.py --operator points:31 --noise 0.05
 
 The images x are held out, or those of --input. z is a sample with --latent_config, else the encoding of the linear
-estimate of x. Writes <output>/originals, backprojected (A⁺y), means, deviations (white is the largest of an image),
-samples (sample p of image i has the number i · num_posterior_samples + p), grid.png and scores.json. Image i is a
-function of run.seed and i. The same command resumes an interrupted run.
+estimate of x. Writes <output>/originals, linear (the best linear estimates), means, deviations (white is the largest of
+an image), samples (sample p of image i has the number i · num_posterior_samples + p), grid.png and scores.json. Image i
+is a function of run.seed and i. The same command resumes an interrupted run.
 """
 
 import sys
@@ -21,7 +21,6 @@ from data.datasets import build_dataset
 from data.datasets.base import spread
 from data.loader import to_float
 from diffusion.guidance import Constraint, guided_ddim
-from diffusion.operators import pseudo_inverse
 from diffusion.posterior import PosteriorDenoiser, Spectrum, gaussian_update
 from diffusion.samplers import FIRST_ORDER, sample
 from diffusion.sampling import images_at_once
@@ -57,7 +56,7 @@ def main():
     build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, 0, autoencoder.device)  # mistakes show here
     draw_latents, latent_model = APPLICATION.latent_sampler(autoencoder)
     results = APPLICATION.results(
-        autoencoder, "", dict.fromkeys(("originals", "backprojected", "means", "deviations"), total),
+        autoencoder, "", dict.fromkeys(("originals", "linear", "means", "deviations"), total),
         {**origin, "size": size, "operator": OPERATOR.value, "noise": NOISE.value, "rule": RULE.value,
          "guidance": GUIDANCE.value, "posterior_samples": count, "latent_model": latent_model})
     folders = results.folders
@@ -70,26 +69,26 @@ def main():
         clean = operator.A(truth)
         noise = rng.randn(clean.shape, autoencoder.generators([index], "measurement"), autoencoder.device)
         data = clean + operator.noise * noise
+        linear = mean + gaussian_update(operator, data - operator.A(mean), spectrum.apply_covariance)
         if draw_latents:
             z = draw_latents(range(index * count, (index + 1) * count))
         else:
-            correction = gaussian_update(operator, data - operator.A(mean), spectrum.apply_covariance)
-            z = autoencoder.encode((mean + correction).clamp(-1, 1)).expand(count, -1)
+            z = autoencoder.encode(linear.clamp(-1, 1)).expand(count, -1)
         samples = solve(autoencoder, z, operator, data, spectrum, size, index, progress)
         all_samples.save(range(index * count, (index + 1) * count), samples)
         deviation = samples.std(0, keepdim=True)
         if APPLICATION.arrays.value:
             np.save(results.output / f"data_{index:05d}.npy", data[0].cpu().numpy())
         folders["deviations"].save([index], 2 * deviation / deviation.max().clamp(min=1e-6) - 1, deviation)
-        results.save([index], {"originals": truth, "backprojected": pseudo_inverse(operator, data).clamp(-1, 1),
-                               "means": samples.mean(0, keepdim=True)})
+        results.save([index], {"originals": truth, "linear": linear, "means": samples.mean(0, keepdim=True)})
 
-    scores = score(folders["originals"].load(), all_samples.load().unflatten(0, (total, count)))
+    scores = score(*(folders[name].load() for name in ("originals", "linear")),
+                   all_samples.load().unflatten(0, (total, count)))
     results.write_scores(scores)
     results.write_grid()
-    print(f"{total} images, {count} samples each: error of the mean {scores['error']:.4f}, standard deviation of the "
-          f"samples {scores['deviation']:.4f}, truth within two of them {scores['coverage']:.0%}; images in "
-          f"{results.output}")
+    print(f"{total} images, {count} samples each: error of the mean {scores['error']:.4f} (of the best linear estimate "
+          f"{scores['linear_error']:.4f}), standard deviation of the samples {scores['deviation']:.4f}, truth within "
+          f"two of them {scores['coverage']:.0%}; images in {results.output}")
 
 
 def training_statistics(cfg, size, device):
@@ -123,16 +122,17 @@ def solve(autoencoder, z, operator, data, spectrum, size, index, progress):
     return torch.cat(samples)
 
 
-def score(truth, samples):
-    """Scores of samples [N, P, C, H, W] against the truth [N, C, H, W].
+def score(truth, linear, samples):
+    """Scores of samples [N, P, C, H, W] against the truth and the best linear estimate of it, [N, C, H, W].
 
-    error       root mean square of mean − truth
-    deviation   root mean square of the samples' standard deviations
-    coverage    share of the true values within two standard deviations of the mean
+    error           root mean square of mean − truth
+    linear_error    the same of the linear estimate, which is the mean of the posterior if x is normal
+    deviation       root mean square of the samples' standard deviations
+    coverage        share of the true values within two standard deviations of the mean
     """
     error, deviation = samples.mean(1) - truth, samples.std(1)
-    return {"count": len(truth), "error": error.square().mean().sqrt().item(),
-            "deviation": deviation.square().mean().sqrt().item(),
+    squares = {"error": error, "linear_error": linear - truth, "deviation": deviation}
+    return {"count": len(truth), **{name: value.square().mean().sqrt().item() for name, value in squares.items()},
             "coverage": (error.abs() <= 2 * deviation).double().mean().item()}
 
 
