@@ -68,6 +68,7 @@ class Trainer:
         it earlier to fail before long preparations. UserError if the run cannot be continued with this config, or if
         another process is training it."""
         self.resumed = True
+        check_writable(self.folder, f"run.output_dir={self.config.run.output_dir!r}")
         self._lock_folder(only_existing=True)  # a command that is refused leaves nothing behind
         self._check_folder()
         if self.checkpoints.exists():
@@ -94,7 +95,6 @@ class Trainer:
                             f"{self.folder} ({other}); wait for it, stop it, or choose another run.experiment")
 
     def _check_folder(self):
-        check_writable(self.folder, f"run.output_dir={self.config.run.output_dir!r}")
         for path in sorted(self.folder.glob("*checkpoint.pt")):
             if path not in (self.checkpoints.newest, self.checkpoints.best):
                 raise UserError(f"run.experiment={self.config.run.experiment!r} is a run of another kind, which has "

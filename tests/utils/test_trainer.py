@@ -166,6 +166,17 @@ print("locked", flush=True)
 sys.stdin.read()"""
 
 
+def test_a_run_folder_that_cannot_be_written_is_named_before_its_lock_is_opened(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("cannot be written")
+
+    make_trainer(tmp_path, 1).train()
+    monkeypatch.setattr("utils.trainer.check_writable", refuse)
+    monkeypatch.setattr("utils.trainer.try_lock", lambda path: pytest.fail("opened the lock"))
+    with pytest.raises(UserError, match="cannot be written"):
+        make_trainer(tmp_path, 2).resume()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_a_run_that_another_process_trains_is_refused_until_it_ends(tmp_path):
     make_trainer(tmp_path, 2).train()
