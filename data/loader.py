@@ -8,14 +8,15 @@ ranks and interruptions do not affect it. Step s trains on positions s · batch_
 import atexit
 import functools
 import itertools
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Subset, get_worker_info
+from torch.utils.data import DataLoader, Subset
 
 from utils import distributed
 from utils.errors import UserError
@@ -157,14 +158,9 @@ class _Results:
 
     def __getitem__(self, x):
         try:
-            result = self.function(x)
+            return self.function(x)
         except UserError as error:
             return error  # raised in a worker, its message would include the worker's traceback
-        if get_worker_info():
-            for part in result if isinstance(result, tuple) else (result,):
-                if torch.is_tensor(part):  # else the thread that sends it would, and drop it without shared memory
-                    part.share_memory_()
-        return result
 
 
 def _start_fork_server():
@@ -182,7 +178,14 @@ def _start_worker(_):
 
     Signals to stop reach all processes of a terminal or a job. Workers ignore them: the parent finishes its step, for
     which it may need them. A parent that ends by itself kills its workers; this thread sees one that was killed.
+    A worker that cannot send a result, for lack of shared memory or sockets, ends: otherwise the parent would wait for
+    the result for ever.
     """
+    def fail(error, _):
+        print(f"a worker cannot send its result: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(fail)  # multiprocessing's hook
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -58,7 +58,7 @@ def run(main, shared=False, several=()):
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # PyTorch's message when the host is out of memory
             _fail(f"out of memory; {LESS_MEMORY}", code=1)
-        if re.search(r"DataLoader worker \(pid|</torch_|open files|ancdata", str(error)):  # in messages of PyTorch
+        if re.search(r"DataLoader worker \(pid|open files|ancdata", str(error)):  # in messages of PyTorch
             _fail("a worker that reads data is lost, perhaps because memory, shared memory (/dev/shm) or open files "
                   f"(ulimit -n) ran out ({str(error).splitlines()[-1]}); lower data.num_workers, or raise the limit", 1)
         reason = distributed.lost_connection(error)

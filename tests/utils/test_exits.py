@@ -19,7 +19,7 @@ ENDS = {  # failure -> (exit code, last line of stderr or a part of it)
     "mistake": (2, "error: data.root_dir='x' is wrong"),
     "is killed": (-signal.SIGKILL, ""),
     "worker raises": (1, "RuntimeError: no such thing"),
-    "no shared memory": (1, "ran out (RuntimeError: unable to "),
+    "no shared memory": (1, "error: a worker that reads data is lost"),
     "worker is killed": (1, "error: a worker that reads data is lost"),
     "job is stopped": (75, "stopped"),
 }
