@@ -27,7 +27,7 @@ demo: .venv/installed
 	$(SAMPLE) --output $(NAME)/samples_1x
 	$(SAMPLE) --output $(NAME)/samples_2x --sample_img_size 64 --num_samples 16
 	$(SAMPLE) --output $(NAME)/samples_4x --sample_img_size 128 --num_samples 4
-	$(SAMPLE) --output $(NAME)/samples_8x --sample_img_size 256 --num_samples 1
+	$(SAMPLE) --output $(NAME)/samples_8x --sample_img_size 256 --num_samples $(if $(QUICK),1,4)
 	$(if $(QUICK),,$(SAMPLE) --output $(NAME)/zoom --sample_img_size 512 --num_samples 1 --window 0.375 0.375 0.625 0.625)
 	$(if $(QUICK),,$(RUN) experiments/generate_noise.py $(AUTOENCODER) --output $(NAME)/noise)
 	$(SCORE) --samples $(NAME)/samples_1x --output $(NAME)/samples_scores.json

@@ -25,15 +25,15 @@ from experiments.metrics import fid
 from models.load import autoencoder_path, latent_path
 from utils import cli, config
 from utils.errors import UserError
-from utils.files import check_output_file, replacing
+from utils.files import check_output_file, read_json, replacing
 
 CONFIG = config.define_config_flag("config", "latent config, or config of an autoencoder alone")
 DECODER_CONFIG = config.define_config_flag("decoder_config", "config of the autoencoder of a latent --config")
 FOLDER = flags.DEFINE_string("folder", None, "folder with images and scores of the run; default: where scripts write")
 SEARCH = flags.DEFINE_integer("search", 20_000, "number of training images to search for copies; 0: none",
                               lower_bound=0)
-PICTURES = flags.DEFINE_string("pictures", None, "folder in which to write demo.png and, with --benchmark, cost.png")
-BENCHMARK = flags.DEFINE_string("benchmark", None, "--output of benchmark.py with its suite training, for --pictures")
+PICTURES = flags.DEFINE_string("pictures", None, "also write demo.png to this folder and, if --folder has a "
+                               "benchmark.json of benchmark.py, cost.png")
 OUTPUT = flags.DEFINE_string("output", None, "the page; default: report.html in the folder of the run")
 TEMPLATE = Path(__file__).parent / "lib" / "report_template.html"
 
@@ -54,6 +54,7 @@ def main():
     folders = find_folders(autoencoder, latent)
     samples, windows, reconstructions = report_sections.find_images(folders)
     applications = report_sections.find_applications(folders, autoencoder)
+    suites = read_json(Path(FOLDER.value or ".") / "benchmark.json").get("suites", {})
     scores = [record for folder in folders for path in sorted(folder.glob("*.json"))
               if (record := fid.read_record(path))]
     defaults = [latent_config() if run is latent else autoencoder_config(run.data.img_size) for run in runs]
@@ -75,7 +76,7 @@ def main():
     with replacing(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # file names may not be UTF-8
     if PICTURES.value:
-        report_sections.save_pictures(Path(PICTURES.value), samples, reconstructions, BENCHMARK.value, autoencoder)
+        report_sections.save_pictures(Path(PICTURES.value), samples, reconstructions, suites)
     print(f"report: {len(samples)} folders of samples, {len(reconstructions)} of reconstructions, {len(applications)} "
           f"of applications, {len(scores)} scores; open {output.resolve().as_uri()}")
 

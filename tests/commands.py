@@ -39,7 +39,7 @@ SMALL = {  # script -> flags that make it quick
     "experiments/inverse_problem.py": {"num_samples": 1, "num_posterior_samples": 2, "sampling_steps": 2},
     "experiments/super_resolution.py": {**SAMPLES, "num_samples": 2},
     "experiments/interpolate.py": {"num_pairs": 1, "frames": 2, "directions": 1, "encodings": 8, "sampling_steps": 2},
-    "experiments/report.py": {},
+    "experiments/report.py": {"pictures": ""},  # which need samples
     "experiments/spectrum.py": {},
 }
 SIZES = {"sample_img_size": 32, "input_img_size": 16}  # replace those of a command

@@ -39,7 +39,8 @@ def cost_plot(rows, images):
     figure, axes = plt.subplots(1, 1 + len(images), figsize=(9.6, 3.2), layout="constrained")
     rows = [row for row in rows if row["path"] == "fast"]
     for label, field in (("time", "ms"), ("memory", "peak MB")):
-        axes[0].plot([row["rate"] for row in rows], [row[field] / rows[0][field] for row in rows], "o-", label=label)
+        axes[0].plot([row[field] / rows[0][field] for row in rows], "o-", label=label)
+    axes[0].set_xticks(range(len(rows)), [row["rate"] for row in rows])
     axes[0].set(title="cost of a training step", xlabel="share of pixels", ylabel="relative to all", ylim=(0, 1.05))
     axes[0].grid(alpha=0.3)
     axes[0].legend()
@@ -105,8 +106,8 @@ def markdown(rows, columns):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def labelled_grid(columns):
-    """A Pillow image with a column of images below each label.
+def save_grid(columns, path):
+    """Write a PNG with a column of images below each label.
 
     columns   {label: list of uint8 [C, H, W]}; every image is resized, without interpolation, to the largest size, or
               to a multiple of it that is at least MIN_WIDTH wide
@@ -123,13 +124,8 @@ def labelled_grid(columns):
         for row, image in enumerate(images):
             place = (column * cell[0], LABEL_HEIGHT + row * cell[1])
             grid.paste(image.resize(cell, Image.Resampling.NEAREST), place)
-    return grid
-
-
-def save_grid(columns, path):
-    """Write `labelled_grid` as a PNG."""
     with replacing(path) as temporary:
-        labelled_grid(columns).save(temporary, format="PNG")
+        grid.save(temporary, format="PNG")
 
 
 def save_gif(frames, path, columns):

@@ -58,10 +58,13 @@ class GeneratedImages(NamedTuple):
 
     def caption(self, name, decoder_config):
         """Size, steps, sampler and time, with a warning if another checkpoint than the run's made the images."""
-        height, width = self.settings["size"]
-        return (f"{name} of {height}x{width} ({self.scale(decoder_config)}), {self.settings['steps']} steps of "
+        return (f"{name} of {_size(self)} ({self.scale(decoder_config)}), {self.settings['steps']} steps of "
                 f"{self.settings['sampler']}, {len(list(self.path.glob('*.png')))} in {self.settings['seconds']:.0f} s"
                 + _warning(self.settings["decoder"], decoder_config))
+
+
+def _size(found):
+    return "x".join(map(str, found.settings["size"]))
 
 
 def _read(path):
@@ -95,10 +98,9 @@ def find_images(folders):
     found = [one for one in found if {"decoder", "size", "sampler", "steps", "seconds"} <= one.settings.keys()
              and _made_from(one.path, _check_numbers, one.settings)]
     found.sort(key=lambda one: one.settings["size"])
-    samples = [one for one in found if "latent_model" in one.settings]
-    return ([one for one in samples if not one.settings.get("window")],
-            [one for one in samples if one.settings.get("window")],
-            [one for one in found if any((one.path.parent / "originals").glob("*.png"))])
+    samples = [one for one in found if "window" in one.settings]
+    return ([one for one in samples if not one.settings["window"]], [one for one in samples if one.settings["window"]],
+            [one for one in found if one.path.name == "reconstructions"])
 
 
 def _check_numbers(settings):
@@ -176,7 +178,7 @@ def quiz(found, config):
 def zoom(found, name, config):
     """Animation into an image of all these folders, towards the centre of the last, the finest window."""
     sources = [(read_image(one.path / name), one.settings["size"],
-                one.settings.get("window") or [(0, length) for length in one.settings["size"]])
+                one.settings["window"] or [(0, length) for length in one.settings["size"]])
                for one in reversed(found)]
     _, size, window = sources[0]
     centre = [(first + end) / 2 / length for (first, end), length in zip(window, size, strict=True)]
@@ -211,7 +213,7 @@ def scales(found, name, config):
             real = max(real, key=lambda image: image.float().std())
             break
     for one, image in shown:
-        text = f"{one.scale(config)}, {'x'.join(map(str, one.settings['size']))}: sample"
+        text = f"{one.scale(config)}, {_size(one)}: sample"
         content = embed(image, text)
         if real is not None:
             enlarged = real.shape[-1] < image.shape[-1]
@@ -383,23 +385,22 @@ def environments(configs):
     return section("Environment", table(rows, wrap=True), paragraph(f"This page was made at {now}.", note=True))
 
 
-def save_pictures(folder, samples, reconstructions, benchmark, config):
-    """Write demo.png, a grid of reconstructions and samples, and cost.png, the cost of a training step beside the
-    smallest and the largest sample.
+def save_pictures(folder, samples, reconstructions, suites):
+    """Write demo.png, a grid of reconstructions and samples, and cost.png, the cost of a training step beside one
+    sample at its smallest and largest size.
 
-    benchmark   file that benchmark.py has written with its suite training, or None for no cost.png
+    suites   those of a file that benchmark.py has written; without the suite training there is no cost.png
     """
-    columns = {}
+    if not samples:
+        raise UserError(f"--pictures={folder} needs samples; write some by generate_samples.py")
+    columns = {"sample, " + _size(one): one for one in samples[:SCALES]}
     for one in reconstructions[:1]:
-        columns["held out"] = GeneratedImages(one.path.parent / "originals", {}).images(ROWS).values()
-        columns["reconstruction"] = one.images(ROWS).values()
-    for one in samples[:SCALES]:
-        columns[f"sample at {one.scale(config)}"] = one.images(ROWS).values()
-    save_grid({label: list(images) for label, images in columns.items()}, folder / "demo.png")
-    if benchmark:
-        name = _most_contrast([samples[-1], samples[0]])
-        figure = cost_plot(read_json(benchmark)["suites"]["training"],
-                           {f"sample at {one.settings['size'][0]}²": read_image(one.path / name)
-                            for one in (samples[0], samples[-1])})
+        originals = GeneratedImages(one.path.parent / "originals", {})
+        columns = {"held-out image": originals, "its reconstruction": one, **columns}
+    save_grid({label: [*one.images(ROWS).values()] for label, one in columns.items()}, folder / "demo.png")
+    if "training" in suites:
+        ends = samples[0], samples[-1]
+        name = _most_contrast(ends)
+        images = {f"sample, {_size(one)}": read_image(one.path / name) for one in ends}
         with replacing(folder / "cost.png") as temporary:
-            temporary.write_bytes(to_bytes(figure, "png"))
+            temporary.write_bytes(to_bytes(cost_plot(suites["training"], images), "png"))

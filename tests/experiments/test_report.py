@@ -66,9 +66,8 @@ def make_page(page, *arguments):
 @pytest.mark.slow
 def test_the_page_holds_every_output(trained, made, tmp_path):
     rows = [{"path": "fast", "rate": rate, "ms": 5.0, "peak MB": 2.0} for rate in ("1/1", "1/4")]
-    (tmp_path / "benchmark.json").write_text(json.dumps({"suites": {"training": rows}}))
-    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--pictures", tmp_path, "--benchmark",
-                          tmp_path / "benchmark.json")
+    (made / "benchmark.json").write_text(json.dumps({"suites": {"training": rows}}))
+    text, out = make_page(tmp_path / "page.html", *trained[2], "--folder", made, "--pictures", tmp_path)
     with Image.open(tmp_path / "demo.png") as demo, Image.open(tmp_path / "cost.png") as cost:
         assert demo.size[0] == 4 * 128 and cost.size[0] > cost.size[1]  # columns of the originals and of three folders
     assert "2 folders of samples, 1 of reconstructions, 3 of applications, 2 scores" in out
@@ -197,7 +196,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_shown(trained, tmp_path):
     assert f"{tmp_path}/data ?" in text
 
 
-MADE = '{"decoder": 3, "size": %s, "steps": 1, "sampler": [], "seconds": %s, "latent_model": 1, "experiment": "tiny"}'
+MADE = '{"decoder": 3, "size": %s, "steps": 1, "sampler": [], "seconds": %s, "window": null, "experiment": "tiny"}'
 FOREIGN = {  # file name: contents that other programs, or an editor, may leave
     "settings.json": ["{", "[1]", MADE % ("5", 1), MADE % ('"16x16"', 1), MADE % ("[1]", 1),
                       MADE % ("[16, 16]", '"3"')],
