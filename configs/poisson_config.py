@@ -1,7 +1,7 @@
-"""A Gaussian random field a and the solution u of −Δu = a, two channels at 32²: six minutes on one CPU thread.
+"""A Gaussian random field a and the solution u of −Δu = 20 a, two channels at 32²: a prior for inverse problems.
 
-The network of random_fields without an encoder, as a prior for inverse problems: u is measured, a is recovered.
-docs/inverse_problems.md has the commands and the errors.
+The network of random_fields, without an encoder. u is measured and a is recovered (docs/inverse_problems.md). This
+config has not been trained to the end. It should take five minutes on one CPU thread, as random_fields does.
 """
 
 from configs.random_fields_config import get_config as random_fields_config

@@ -7,11 +7,12 @@ import torch
 
 from data.images import read_image
 from tests.data.layouts import write_folder
-from tests.scripts import only_line, run_script
+from tests.scripts import only_line, run_script, torchrun
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
 
 STAGE_1, STAGE_2 = "train_inf_ae_diffusion.py", "train_latent_diffusion.py"
+FEATURES = ["--feature_model=efficientnet_lite0"]
 SAMPLES, RECONS = "experiments/generate_samples.py", "experiments/generate_recons.py"
 
 
@@ -81,6 +82,36 @@ def test_samplers_of_other_objectives_are_refused(trained, tmp_path):
             continue
         line = only_line(run_script(SAMPLES, *both, "--num_samples=2", "--output", tmp_path / "a", *flags))
         assert flags[0][:-1] in line and ("heun" in line or "jump" in line)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(trained, tmp_path):
+    objective, folder, single, _ = trained
+    if objective == "flow":
+        pytest.skip("the times of jumps are those of few_step")
+    assert torchrun(STAGE_1, *single, f"--config.run.output_dir={tmp_path}").code == 0
+    ours, whole = (weights(runs, "tiny", "checkpoint.pt") for runs in (tmp_path, folder / "checkpoints"))
+    for name in whole:
+        torch.testing.assert_close(ours[name], whole[name], rtol=0, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags", [
+    ("experiments/calculate_fid.py", [*FEATURES, "--split=heldout", "--num_samples=4", "--neighbours=2"]),
+    ("experiments/report.py", []),
+    ("experiments/ablate.py", [*FEATURES, "--axes=kernel", "--steps=10", "--num_samples=4", "--sampling_steps=2"])])
+def test_scores_report_and_ablations_take_the_model(trained, tmp_path, monkeypatch, script, flags):
+    objective, _, single, both = trained
+    if "ablate" in script and objective == "flow":
+        pytest.skip("the longest one, for one objective")
+    monkeypatch.chdir(tmp_path)
+    result = run_script(script, *(single if "ablate" in script else both), *flags, "--output", tmp_path / "out.html")
+    assert result.code == 0, result.err
+    if "ablate" in script:
+        rows = json.loads((tmp_path / "out.html" / "results.json").read_text())
+        assert [row["variant"] for row in rows] == ["depthwise", "full"] and all(row["psnr"] > 0 for row in rows)
+    else:
+        assert (tmp_path / "out.html").stat().st_size > 100
 
 
 @pytest.mark.parametrize("script, flags", [
