@@ -131,17 +131,12 @@ OTHER_CONFIGS = [
     (STAGE_2, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
     (STAGE_2, "--config.train.batch_size=153", "train.batch_size=153 is more than the 152 latents"),
     (STAGE_2, "--decoder_config.run.experiment=absent", "there is no checkpoint checkpoints/absent/checkpoint.pt"),
-    (EXPORT, "--config.model.nf=16", "was trained with model.nf=8, the config has 16"),
     (RECONS, "--config.model.learn_sigma=True", "was trained with model.learn_sigma=False, the config has True"),
     (RECONS, "--config.run.experiment=tiny_sampler", "there is no checkpoint checkpoints/tiny_sampler/checkpoint.pt"),
     (SAMPLES, "--decoder_config.model.nf=16", "model.nf=8, the config has 16"),
-    (SAMPLES, "--decoder_config.run.experiment=absent", "there is no checkpoint"),
     (SAMPLES, "--config.run.experiment=absent", "best_latent_checkpoint.pt; train it first with "
                                                 "train_latent_diffusion.py, or set run.output_dir and run.experiment "
                                                 "of the latent config to"),
-    (SAMPLES, "--config.run.experiment=tiny", "is also that of the autoencoder"),
-    (SAMPLES, "--config.model.z_dim=7", "config.model.z_dim=7 differs from decoder_config.model.z_dim=6"),
-    (SAMPLES, "--decoder_config.data.img_size=32", "trained with data.img_size=16, the config has 32"),
 ]
 
 
