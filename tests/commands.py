@@ -44,7 +44,7 @@ SMALL = {  # script -> flags that make it quick
 }
 SIZES = {"sample_img_size": 32, "input_img_size": 16}  # replace those of a command
 READ = ("samples", "reference", "real", "input", "folder")  # flags whose folders are filled with images
-PARSED = ("experiments/benchmark.py", "experiments/ablate.py")  # slow, and tested elsewhere
+PARSED = ("experiments/benchmark.py", "experiments/ablate.py", "experiments/flow_error.py")  # tested elsewhere
 
 
 class Block(NamedTuple):
@@ -149,8 +149,11 @@ class Shrunk:
                 yield from (f"--{name}.{field}={value}" for field, value in SMALL_LATENT.items())
             elif path is not None:
                 fields = {**SMALL_AUTOENCODER, "data.root_dir": self.folder / "images"}
-                if runpy.run_path(path)["get_config"]().data.name == "function":
+                config = runpy.run_path(path)["get_config"]()
+                if config.data.name == "function":
                     fields["data.name"] = "function"
+                if not config.model.z_dim:
+                    del fields["model.z_dim"]
                 yield from (f"--{name}.{field}={value}" for field, value in fields.items())
 
     def train_what_is_needed(self, script, words):
