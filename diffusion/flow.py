@@ -13,12 +13,14 @@ average of expectations of data and may be clipped to their range for every r.
 Steps are numbered as in diffusion.schedules: the last one is pure noise, and the state after step 0 is data.
 """
 
-import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
+from data.coordinates import Coordinates
 from diffusion.losses import multiscale_loss, prediction_loss
+from diffusion.mollifier import GaussianMollifier
 from utils.rng import randn
 
 
@@ -85,6 +87,7 @@ def _expand(t, like):
     return t.view(-1, *[1] * (like.dim() - 1))
 
 
+@dataclasses.dataclass(eq=False)
 class Flow:
     """Flow matching (objective "flow") or a model that jumps ("few_step"), with the interface of GaussianDiffusion.
 
@@ -97,15 +100,13 @@ class Flow:
     multiscale_max_size   finest grid of the multiscale loss; None: no multiscale loss
     """
 
-    def __init__(self, schedule, mollifier, data_variance, jumps=False, sampler="heun", evaluations=None,
-                 multiscale_max_size=None):
-        self.schedule = schedule
-        self.mollifier = mollifier
-        self.data_variance = data_variance
-        self.jumps = jumps
-        self.sampler = sampler
-        self.evaluations = evaluations
-        self.multiscale_max_size = multiscale_max_size
+    schedule: FlowSchedule
+    mollifier: GaussianMollifier
+    data_variance: float
+    jumps: bool = False
+    sampler: str = "heun"
+    evaluations: int | None = None
+    multiscale_max_size: int | None = None
 
     @property
     def num_steps(self):
@@ -113,9 +114,7 @@ class Flow:
 
     def with_mollifier(self, mollifier):
         """The same flow with another mollifier."""
-        flow = copy.copy(self)
-        flow.mollifier = mollifier
-        return flow
+        return dataclasses.replace(self, mollifier=mollifier)
 
     def q_sample(self, x0, t, noise):
         """x_t = T(time x_1 + (1 − time) ξ), like the images x0 = x_1; noise standard normal draws of the same shape."""
@@ -157,8 +156,6 @@ class Flow:
 
     def denoiser(self, model_fn, coords, clip=True):
         """The network as a FlowDenoiser; arguments as for GaussianDiffusion.denoiser."""
-        if coords is not None and not coords.is_full:
-            raise ValueError("a denoiser needs every pixel; use Coordinates.full")
         return FlowDenoiser(self, model_fn, coords, clip)
 
     def _preconditioning(self, t):
@@ -173,14 +170,22 @@ class Flow:
         return c_skip * values + c_out * model_fn(c_in * values, time).to(values.dtype)
 
 
-class FlowDenoiser:
-    """denoise(x, t) -> F(x, t, t), the estimate of T x_1, like x [B, C, H, W] (or [B, Z]); denoise.jump: F(x, t, r)."""
+@dataclasses.dataclass(eq=False)
+class FullNetwork:
+    """A network on all pixels, in the process that it was trained for; the arguments of Flow.denoiser."""
 
-    def __init__(self, flow, model_fn, coords, clip):
-        self.flow = flow
-        self.model_fn = model_fn
-        self.coords = coords
-        self.clip = clip
+    diffusion: object
+    model_fn: Callable
+    coords: Coordinates | None
+    clip: bool
+
+    def __post_init__(self):
+        if self.coords is not None and not self.coords.is_full:
+            raise ValueError("a denoiser needs every pixel; use Coordinates.full")
+
+
+class FlowDenoiser(FullNetwork):
+    """denoise(x, t) -> F(x, t, t), the estimate of T x_1, like x [B, C, H, W] (or [B, Z]); denoise.jump: F(x, t, r)."""
 
     def __call__(self, x, t):
         return self._estimate(x, t, t)
@@ -190,7 +195,7 @@ class FlowDenoiser:
         return self._estimate(x, t, t - 1)
 
     def _estimate(self, x, t, r):
-        flow = self.flow
+        flow = self.diffusion
         t, r = (flow.schedule.time(step).to(x.dtype) for step in (t, r))
         estimate = scatter(flow._estimate(self.model_fn, gather(x, self.coords), t, r), self.coords)
         return estimate.clamp(-1, 1) if self.clip else estimate

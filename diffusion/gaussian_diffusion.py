@@ -3,10 +3,10 @@
 With the identity as mollifier this is plain DDPM; with states [B, Z] it is the diffusion of latents.
 """
 
-import copy
+import dataclasses
 import math
 
-from diffusion.flow import Flow, FlowSchedule, gather, scatter
+from diffusion.flow import Flow, FlowSchedule, FullNetwork, gather, scatter
 from diffusion.losses import gaussian_kl, mean_per_sample, multiscale_loss, prediction_loss, vlb_weight
 from diffusion.mollifier import WIENER_EPS, GaussianMollifier
 from diffusion.parameterisation import Parameterisation
@@ -19,6 +19,7 @@ EVALUATIONS = {"ddpm": 100, "flow": 50, "few_step": 4}  # of the network for an 
 QUICK_EVALUATIONS = 50  # at most, for the pictures of a training run
 
 
+@dataclasses.dataclass(eq=False)
 class GaussianDiffusion:
     """Diffusion in the space of mollified images (docs/method.md, 3).
 
@@ -34,18 +35,14 @@ class GaussianDiffusion:
     sampler               ddim, ddpm or dpm_solver
     """
 
-    def __init__(
-        self, schedule, mollifier, parameterisation, loss_type="mse", variance="large", multiscale_max_size=None,
-        balance_loss=False, sampler="ddim"
-    ):
-        self.schedule = schedule
-        self.mollifier = mollifier
-        self.parameterisation = parameterisation
-        self.loss_type = loss_type
-        self.variance = variance
-        self.multiscale_max_size = multiscale_max_size
-        self.balance_loss = balance_loss
-        self.sampler = sampler
+    schedule: Schedule
+    mollifier: GaussianMollifier
+    parameterisation: Parameterisation
+    loss_type: str = "mse"
+    variance: str = "large"
+    multiscale_max_size: int | None = None
+    balance_loss: bool = False
+    sampler: str = "ddim"
 
     @property
     def num_steps(self):
@@ -58,10 +55,8 @@ class GaussianDiffusion:
 
     def with_mollifier(self, mollifier):
         """The same diffusion with another mollifier."""
-        diffusion = copy.copy(self)
-        diffusion.parameterisation = copy.copy(self.parameterisation)
-        diffusion.mollifier = diffusion.parameterisation.mollifier = mollifier
-        return diffusion
+        return dataclasses.replace(self, mollifier=mollifier, parameterisation=dataclasses.replace(
+            self.parameterisation, mollifier=mollifier))
 
     def q_sample(self, x0, t, noise):
         """x_t = T(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi), like x0 (docs/method.md, 3.2).
@@ -114,8 +109,6 @@ class GaussianDiffusion:
         coords  Coordinates.full of the images to sample, or None for latents
         clip    clamp the estimate of T x_0 to [-1, 1]: True for images, False for latents
         """
-        if coords is not None and not coords.is_full:
-            raise ValueError("a denoiser needs every pixel; use Coordinates.full")
         return Denoiser(self, model_fn, coords, clip)
 
     def _predict(self, model_fn, values, t):
@@ -147,15 +140,9 @@ class GaussianDiffusion:
         return mean_per_sample(gaussian_kl(mean_difference, q, self._log_variance(fraction, t) + log_noise))
 
 
-class Denoiser:
+class Denoiser(FullNetwork):
     """denoise(x, t) -> estimate of T x_0, like x [B, C, H, W] or [B, Z]: the only view of a network that samplers have.
     """
-
-    def __init__(self, diffusion, model_fn, coords, clip):
-        self.diffusion = diffusion
-        self.model_fn = model_fn
-        self.coords = coords
-        self.clip = clip
 
     def __call__(self, x, t):
         return self.with_variance(x, t)[0]

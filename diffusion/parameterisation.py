@@ -11,9 +11,15 @@ b = sqrt(1 - alpha_bar), so that x_t = T(a x_0 + b xi):
     xstart              x_0           T f                     T
 """
 
+import dataclasses
+
 import torch
 
+from diffusion.mollifier import GaussianMollifier
+from diffusion.schedules import Schedule
 
+
+@dataclasses.dataclass(eq=False)
 class Parameterisation:
     """Conversions between the network's output and T x_0.
 
@@ -24,11 +30,10 @@ class Parameterisation:
                    None: no preconditioning
     """
 
-    def __init__(self, mean_type, schedule, mollifier, data_variance=None):
-        self.mean_type = mean_type
-        self.schedule = schedule
-        self.mollifier = mollifier
-        self.data_variance = data_variance
+    mean_type: str
+    schedule: Schedule
+    mollifier: GaussianMollifier
+    data_variance: float | None = None
 
     def target(self, x0, xi, t):
         """The target of f for images x0 and white noise xi, same shape [B, C, H, W]."""
