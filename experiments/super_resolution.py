@@ -15,6 +15,7 @@ therefore interpolations; the command above, for a model of 256² images, adds d
 
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -146,19 +147,14 @@ def score(folders):
     psnr [dB], ssim         against the truth, if there is one
     consistency_psnr [dB]   of the image reduced by Downsampling against the input
     """
-    scores, count = {}, folders["inputs"].total
-    sizes = [read_image(folders[name].file(0)).shape[1:] for name in ("bicubic", "inputs")]
-    operator = Downsampling(*sizes)
-    for name in [name for name in folders if name not in ("inputs", "truth")]:
-        rows = []
-        for i in range(count):
-            image, low = (read_image(folders[folder].file(i)) for folder in (name, "inputs"))
-            row = {"consistency_psnr": psnr(operator.A(image.double()), low)}
-            if "truth" in folders:
-                truth = read_image(folders["truth"].file(i))
-                row = {"psnr": psnr(image, truth), "ssim": ssim(image, truth), **row}
-            rows.append(row)
-        scores[name] = {key: sum(row[key] for row in rows) / count for key in rows[0]}
+    images = {name: [read_image(folder.file(i)) for i in range(folder.total)] for name, folder in folders.items()}
+    low, truth = images.pop("inputs"), images.pop("truth", None)
+    operator, scores = Downsampling(images["bicubic"][0].shape[1:], low[0].shape[1:]), {}
+    for name, made in images.items():
+        reduced = [operator.A(image.double()) for image in made]
+        pairs = {"psnr": (psnr, made, truth), "ssim": (ssim, made, truth)} if truth else {}
+        pairs["consistency_psnr"] = psnr, reduced, low
+        scores[name] = {key: fmean(map(*row)) for key, row in pairs.items()}
     return scores
 
 

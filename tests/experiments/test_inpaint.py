@@ -85,12 +85,10 @@ def test_another_resolution_and_shape(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, named", [
     (["--mask=absent.png"], "--mask=absent.png is neither one of centre"),
-    (["--guidance=-1"], "guidance"), (["--guidance=inf"], "--guidance=inf"),
-    (["--guidance=1e30"], "--guidance=1e30"), (["--guidance=nan"], "--guidance=nan"),
+    (["--guidance=-1"], "guidance"), (["--guidance=1e30"], "--guidance=1e30"), (["--guidance=nan"], "--guidance=nan"),
     (["--consistency=2"], "consistency"), (["--jumps=-1"], "jumps"),
     (["--sampling_steps=21"], "--sampling_steps=21 must lie"), (["--num_samples=0"], "num_samples"),
     (["--sample_img_size=21"], "less than the 21x21 pixels asked for"), (["--sample_img_size=x"], "sample_img_size"),
-    (["--input=absent"], "--input=absent is not a folder"),
     (["--input=absent", "--sample_img_size=16"], "--sample_img_size=16 applies to held-out images"),
     (["--config.run.experiment=absent"], "there is no checkpoint"),
     (["--output=/proc/none"], "--output=/proc/none"),
