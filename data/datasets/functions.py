@@ -1,6 +1,5 @@
 """Functions over [0, 1]² as images of any resolution: a data set that evaluates a Python callable."""
 
-import difflib
 import functools
 import importlib
 import traceback
@@ -94,9 +93,7 @@ def load_function(path, field="data.function"):
                         "installed or below a folder of PYTHONPATH") from error
     for name in attribute.split("."):
         if not hasattr(found, name):
-            near = difflib.get_close_matches(name, dir(found), n=1)
-            raise UserError(f"{where}: {module!r} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                                                                       "; give module:attribute"))
+            raise UserError(f"{where}: {module!r} has no {name!r}; give module:attribute")
         found = getattr(found, name)
     if not callable(found):
         raise UserError(f"{where} is of type {type(found).__name__}; it must be a callable")

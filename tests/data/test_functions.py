@@ -139,7 +139,6 @@ MISTAKES = [
     (".some_functions:wave", "cannot be imported (TypeError"),
     ("broken_functions:f", "cannot be imported (SyntaxError"),
     ("leaving_functions:f", "cannot be imported (SystemExit"),
-    ("some_functions:wav", "has no 'wav'; did you mean 'wave'?"),
     ("some_functions:Sum.nothing", "has no 'nothing'"),
     ("some_functions:number", "is of type int; it must be a callable"),
     ("some_functions:flat", "returned torch.float32 [6, 8] for positions [6, 8, 2]; it must return real"),
