@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from data.conditions import dropped
 from data.coordinates import Coordinates
 from data.datasets import build_dataset, log_images
 from data.loader import all_batches, training_batches
@@ -27,12 +28,13 @@ VALIDATION_IMAGES = 256
 TIME_BINS = 4  # parts of the chain with a validation loss each
 
 
-def denoising_terms(modules, diffusion, cfg, images, t, stream):
+def denoising_terms(modules, diffusion, cfg, images, t, stream, condition=None):
     """Terms of the stage-1 loss, each [B], for images [B, C, H, W] at time steps t [B] (docs/method.md, 3.4).
 
     The encoder sees one random subset of the pixels and the decoder denoises another: E ‖f_θ(x_t, t, z) − Tξ‖² over
     the decoder's subset, z = encoder(x_0 at the encoder's subset).
-    stream    purpose -> one generator per image
+    stream     purpose -> one generator per image
+    condition  of the images (data.conditions); None: none
     """
     def subset(purpose):
         return Coordinates.random(len(images), images.shape[-2:], cfg.mc_integral.q_sample, cfg.mc_integral.type,
@@ -43,7 +45,8 @@ def denoising_terms(modules, diffusion, cfg, images, t, stream):
     z, *posterior = encoding if cfg.model.stochastic_encoding else [encoding]
     coords = subset("decoder coordinates")
     noise = rng.randn(images.shape, stream("noise"), images.device)
-    terms = diffusion.training_losses(lambda values, time: modules["decoder"](values, time, z, coords),
+    terms = diffusion.training_losses(lambda values, time: modules["decoder"](values, time, z, coords,
+                                                                                  condition=condition),
                                       images, t, coords, noise)
     if posterior:
         mu, logvar = posterior
@@ -56,7 +59,11 @@ def training_loss(modules, batch, step, diffusion, timesteps, cfg):
     """{"loss": mean loss of a batch at random time steps, and the means of its terms}, scalars."""
     stream = functools.partial(rng.sample_generators, batch.images.device, batch.index, cfg.run.seed)
     t, weights = timesteps.sample(rng.rand((len(batch.images), 2), stream("t"), batch.images.device), step)
-    terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream)
+    condition = batch.condition
+    if condition is not None:
+        uniform = rng.rand((len(condition),), stream("condition dropout"), condition.device)
+        condition = dropped(condition, uniform, cfg.model.condition_dropout)
+    terms = denoising_terms(modules, diffusion, cfg, batch.images, t, stream, condition)
     timesteps.record(t, terms["loss"])
     return {**{name: value.mean() for name, value in terms.items()}, "loss": (weights * terms["loss"]).mean()}
 
@@ -65,10 +72,10 @@ def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
     """Mean loss over held-out images at fixed time steps, noise and coordinates, comparable between steps and runs, and
     over each quarter of the chain, validation_loss_q1 (least noise) to q4."""
     losses, steps = [], []
-    for images, index in all_batches(dataset, batch_size, device):
+    for images, index, condition in all_batches(dataset, batch_size, device):
         steps.append(index.to(device) * diffusion.num_steps // len(dataset))  # evenly over [0, T)
         stream = functools.partial(rng.sample_generators, device, index, "validation")
-        losses.append(denoising_terms(modules, diffusion, cfg, images, steps[-1], stream)["loss"])
+        losses.append(denoising_terms(modules, diffusion, cfg, images, steps[-1], stream, condition)["loss"])
     losses, bins = torch.cat(losses), torch.cat(steps) * TIME_BINS // diffusion.num_steps
     figures = {f"validation_loss_q{i + 1}": losses[bins == i].mean().item() for i in bins.unique().tolist()}
     return {"validation_loss": losses.mean().item(), **figures}
@@ -76,13 +83,13 @@ def validation_loss(modules, dataset, batch_size, diffusion, cfg, device):
 
 def pictures(modules, dataset, diffusion, cfg, device, tick):
     """Held-out images above their reconstructions, and samples from latents drawn near those of the images: uint8."""
-    images, index = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
+    images, index, condition = next(all_batches(dataset, min(cfg.train.sample_size, len(dataset)), device))
     z = encode(modules["encoder"], images)
     size, channels = images.shape[-2:], images.shape[1]
 
     def show(z, purpose):
         generators = rng.sample_generators(device, index, cfg.run.seed, purpose)
-        return decode(modules["decoder"], diffusion, z, size, generators, channels, progress=tick)
+        return decode(modules["decoder"], diffusion, z, size, generators, channels, progress=tick, condition=condition)
 
     pairs = torch.cat([images, show(z, "reconstruction")])
     spread = (z - z.mean(0)).square().mean(0).sqrt()
@@ -98,8 +105,8 @@ def main():
     batch_size = config.micro_batch_size(cfg)
     diffusion = build_diffusion(cfg)
     timesteps = build_timestep_sampler(cfg)
-    modules = build_modules(cfg)
     train_set, heldout = build_dataset(cfg, train=True), build_dataset(cfg, train=False)
+    modules = build_modules(cfg, train_set.conditions)
     config.check_batch_fits(cfg, len(train_set), "images")
     log_images(train_set, heldout)
     shown = Subset(heldout, range(min(VALIDATION_IMAGES, len(heldout))))
@@ -108,7 +115,8 @@ def main():
     trainer = Trainer(cfg, "autoencoder", modules,
                       functools.partial(training_loss, diffusion=diffusion, timesteps=timesteps, cfg=cfg), device,
                       state={"timesteps": timesteps}, after_step=timesteps.end_step, best="validation_loss",
-                      best_from=timesteps.settled, source=f"{train_set.fingerprint()} {heldout.fingerprint()}")
+                      best_from=timesteps.settled, source=f"{train_set.fingerprint()} {heldout.fingerprint()}",
+                      facts={"conditions": list(train_set.conditions)} if train_set.conditions else {})
     trainer.train(
         batches=lambda step: training_batches(train_set, cfg.train.batch_size, cfg.run.seed, start_step=step,
                                               num_workers=cfg.data.num_workers, device=device,
@@ -120,10 +128,10 @@ def main():
     cli.point_to_report()
 
 
-def build_modules(cfg):
-    """Encoder and decoder, initialised as a function of run.seed."""
+def build_modules(cfg, conditions=None):
+    """Encoder and decoder, initialised as a function of run.seed; conditions: those of the training images."""
     torch.manual_seed(rng.seed_of(cfg.run.seed, "initial weights"))
-    return nn.ModuleDict({"encoder": build_encoder(cfg), "decoder": build_decoder(cfg)})
+    return nn.ModuleDict({"encoder": build_encoder(cfg), "decoder": build_decoder(cfg, conditions)})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ def autoencoder_config(img_size):
     data.function = ""  # for name=function: module:attribute of a callable; the module is imported, so its code runs
     data.num_functions = 10_000  # training set: functions 0, 1, …
     data.num_heldout_functions = 512  # held-out set: the next functions
+    data.condition = "none"  # none, class, vector: of every image, for the networks to follow (docs/conditions.md)
+    data.condition_source = ""  # vectors: an .npz file; default: conditions.npz in root_dir. Functions: a callable
     data.img_size = img_size
     data.channels = 3  # or 1; any number for functions
     data.background = "white"  # colour under transparent pixels
@@ -78,6 +80,8 @@ def autoencoder_config(img_size):
     model.uno_dropout = 0.1
     model.uno_conv_type = "conv"  # conv, spectral
     model.z_dim = 256  # 0: no encoder, an unconditional diffusion model
+    model.condition = "both"  # both, decoder, latent: networks that get data.condition
+    model.condition_dropout = 0.1  # share of the training images without a condition
     model.learn_sigma = False
     model.sigma_small = False
     model.stochastic_encoding = False
@@ -160,6 +164,7 @@ def latent_config():
     model.hid_channels = 2048
     model.time_embed_dim = 128
     model.dropout = 0.0
+    model.condition_dropout = 0.1  # share of the training latents without a condition
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.objective = "ddpm"

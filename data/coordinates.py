@@ -103,6 +103,11 @@ class Coordinates:
         """True if every pixel is present in raster order, so that [B, L, C] is an image in memory."""
         return self._raster
 
+    def doubled(self):
+        """The same pixels for a batch of twice as many images: this one, repeated."""
+        return self.cached("doubled", lambda: Coordinates._trusted(self.index.repeat(2, 1), self.size,
+                                                                   raster=self._raster))
+
     @property
     def positions(self):
         """Pixel centres, float32 [B, L, 2], (x, y) in [0, 1]."""

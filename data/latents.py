@@ -20,6 +20,7 @@ SAVE_SECONDS = 60  # between two writes of the latents encoded so far
 class Latents:
     """Standardised latents float32 [N, Z], and mean and std [Z] of the training latents; z · std + mean undoes it.
 
+    The conditions are those of the images, int64 [N] or float32 [N, D]; None if they have none.
     docs/method.md, 4.8.
     """
 
@@ -27,6 +28,8 @@ class Latents:
     heldout: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+    train_condition: torch.Tensor | None
+    heldout_condition: torch.Tensor | None
 
 
 def latents_key(encoder, dtype, *datasets):
@@ -49,14 +52,16 @@ def load_latents(path, key, encode, train_set, heldout_set, batch_size, device, 
         with StopRequest() as request:
             part = _Part(path, f"{key} {batch_size}", request)
             for name, dataset in (("train", train_set), ("heldout", heldout_set)):
-                saved[name] = _encode_all(encode, dataset, batch_size, device, num_workers, name, part)
+                saved[name], saved[f"{name} condition"] = _encode_all(encode, dataset, batch_size, device, num_workers,
+                                                                      name, part)
             if distributed.is_main():
                 save_checkpoint(path, saved)
                 part.remove()
             part.check()
     mean = saved["train"].mean(0)
     std = saved["train"].std(0).clamp_min(1e-6)  # an unused dimension stays zero
-    return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std)
+    return Latents((saved["train"] - mean) / std, (saved["heldout"] - mean) / std, mean, std,
+                   saved.get("train condition"), saved.get("heldout condition"))
 
 
 class _Part:
@@ -100,14 +105,22 @@ def _read(path, key):
 
 
 def _encode_all(encode, dataset, batch_size, device, num_workers, name, part):
-    latents, total = [], len(dataset.orientations) * len(dataset)
+    latents, conditions, total = [], [], len(dataset.orientations) * len(dataset)
     with tqdm(total=total, desc=f"encoding {name} images", unit="image", disable=not distributed.is_main()) as progress:
         for orientation in dataset.orientations:
-            own = part.batches(f"{name} {orientation}")
+            own, given = part.batches(f"{name} {orientation}"), part.batches(f"{name} {orientation} condition")
             progress.update(sum(map(len, own)) * distributed.world_size())
-            for images, _ in all_batches(dataset, batch_size, device, num_workers, orientation, True, len(own)):
+            for images, _, condition in all_batches(dataset, batch_size, device, num_workers, orientation, True,
+                                                    len(own)):
                 own.append(encode(images).float().cpu())
+                if condition is not None:
+                    given.append(condition.cpu().view(len(images), -1))
                 progress.update(len(images) * distributed.world_size())
                 part.keep()
             latents.append(distributed.concatenate(own))
-    return torch.cat(latents)
+            if dataset.conditions:
+                conditions.append(distributed.concatenate(given))
+    if not conditions:
+        return torch.cat(latents), None
+    conditions = torch.cat(conditions)
+    return torch.cat(latents), conditions if dataset.conditions.kind == "vector" else conditions[:, 0]

@@ -27,18 +27,18 @@ UPRIGHT = (0, False)  # the orientation of the image itself
 
 
 class Batch(NamedTuple):
-    """images float32 [B, C, H, W] in [-1, 1], and their global sample indices, int64 [B] (on the CPU)."""
+    """Images with their indices and conditions."""
 
-    images: torch.Tensor
-    index: torch.Tensor
+    images: torch.Tensor  # float32 [B, C, H, W] in [-1, 1]
+    index: torch.Tensor  # int64 [B] on the CPU: positions in the training stream, or items
+    condition: torch.Tensor | None = None  # int64 [B] or float32 [B, D]; None if the data set has none
 
 
 def training_batches(dataset, batch_size, seed, start_step=0, num_workers=0, device="cpu", accumulation_steps=1):
     """Yield a `Batch` for each of `training_positions`, endlessly, in random orientations of the data set."""
     keys = ([_training_key(dataset, seed, position) for position in positions]
             for positions in training_positions(batch_size, start_step, accumulation_steps))
-    for images, index in _load(dataset, keys, num_workers, device):
-        yield Batch(images, index)
+    yield from _load(dataset, keys, num_workers, device)
 
 
 def training_positions(batch_size, start_step=0, accumulation_steps=1):
@@ -75,7 +75,7 @@ def _training_key(dataset, seed, position):
 
 
 def all_batches(dataset, batch_size, device="cpu", num_workers=0, orientation=UPRIGHT, divided=False, start=0):
-    """Yield (images float32 [B, C, H, W] in [-1, 1], item indices int64 [B]) over the whole set once, in order.
+    """Yield a `Batch` with the indices of its items, over the whole set once, in order.
 
     orientation  of every image, one of dataset.orientations
     divided      True to divide the batches between the ranks: a contiguous part each, in the order of ranks
@@ -103,24 +103,27 @@ def oriented(image, orientation):
 
 
 def _load(dataset, batches_of_keys, num_workers, device):
-    """Yield (images float32 on the device, indices) for each list of (index, item, orientation)."""
+    """Yield a Batch on the device for each list of (index, item, orientation)."""
     device = torch.device(device)
     whole = getattr(dataset, "dataset", dataset)  # the data set behind a torch Subset
     workers = 0 if getattr(whole, "in_memory", False) else num_workers
     fetch = functools.partial(_fetch, dataset)
-    for images, index in map_in_workers(fetch, batches_of_keys, workers, pin_memory=device.type == "cuda"):
-        yield to_float(images.to(device, non_blocking=True)), index  # converted there, so that 8 bits are copied
+    for images, index, condition in map_in_workers(fetch, batches_of_keys, workers, pin_memory=device.type == "cuda"):
+        images = to_float(images.to(device, non_blocking=True))  # converted there, so that 8 bits are copied
+        yield Batch(images, index, None if condition is None else condition.to(device, non_blocking=True))
 
 
 def _fetch(dataset, keys):
-    images = [oriented(_read(dataset, item), orientation) for _, item, orientation in keys]
-    return torch.stack(images), torch.tensor([index for index, _, _ in keys])
+    examples = [_read(dataset, item) for _, item, _ in keys]
+    images = [oriented(image, orientation) for (image, _), (_, _, orientation) in zip(examples, keys, strict=True)]
+    condition = None if examples[0][1] is None else torch.stack([condition for _, condition in examples])
+    return torch.stack(images), torch.tensor([index for index, _, _ in keys]), condition
 
 
 def _read(dataset, item):
     if isinstance(dataset, Subset):
         return _read(dataset.dataset, dataset.indices[item])
-    return dataset.exact(item) if hasattr(dataset, "exact") else dataset[item]
+    return dataset.with_condition(item) if hasattr(dataset, "with_condition") else (dataset[item], None)
 
 
 def map_in_workers(function, inputs, num_workers, pin_memory=False):

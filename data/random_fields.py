@@ -19,13 +19,14 @@ from utils import rng
 MODES = 32  # per axis
 TAU = 10.0  # 1/τ is the correlation length
 SMOOTHNESS = 1.0  # ν
+CLASSES = {"rough": 0.0, "smooth": 1.0}  # name -> ν
 DEVIATION = 0.2  # of a value, averaged over [0, 1]²; twice that in a corner. About 3 in 10⁵ values are clipped to ±1
 POISSON = 20.0  # gives a and u about the same deviation
 
 
-def gaussian_field(positions, index):
+def gaussian_field(positions, index, smoothness=SMOOTHNESS):
     """Values [..., 1] in [−1, 1] of field `index` at positions float [..., 2], (x, y)."""
-    return _values(_coefficients(index)[None], positions)
+    return _values(_coefficients(index, smoothness)[None], positions)
 
 
 def poisson_pair(positions, index):
@@ -39,10 +40,20 @@ def poisson_pair(positions, index):
     return _values(torch.stack([a, POISSON * inverse_laplacian() * a]), positions)
 
 
+def field_of_class(positions, index):
+    """As gaussian_field, of the smoothness of its class."""
+    return gaussian_field(positions, index, CLASSES[smoothness_class(index)])
+
+
+def smoothness_class(index):
+    """The class of field `index`, taking the classes in turn: an example of data.condition_source."""
+    return list(CLASSES)[index % len(CLASSES)]
+
+
 @functools.cache
-def spectrum():
+def spectrum(smoothness=SMOOTHNESS):
     """S(k), the variances of the coefficients, float32 [MODES, MODES], k1 (along y) first; they sum to DEVIATION²."""
-    power = (_wavenumbers() + TAU**2) ** (-SMOOTHNESS - 1)
+    power = (_wavenumbers() + TAU**2) ** (-smoothness - 1)
     return (power * (DEVIATION**2 / power.sum())).float()
 
 
@@ -58,9 +69,9 @@ def _wavenumbers():
     return k[:, None] ** 2 + k**2
 
 
-def _coefficients(index):
+def _coefficients(index, smoothness=SMOOTHNESS):
     drawn = torch.randn(MODES, MODES, generator=rng.generator("cpu", "gaussian field", index))
-    return drawn * spectrum().sqrt()
+    return drawn * spectrum(smoothness).sqrt()
 
 
 def _values(coefficients, positions):

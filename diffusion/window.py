@@ -16,6 +16,7 @@ import torch
 
 from diffusion.mollifier import GaussianMollifier, dct_matrix, mollified_cosines
 from diffusion.samplers import sample
+from diffusion.sampling import UNGUIDED, guided
 from models.large_images import Window
 from utils.errors import UserError
 
@@ -33,7 +34,7 @@ def check_window(diffusion):
 
 @torch.no_grad()
 def decode_window(decoder, diffusion, z, size, window, generators=None, channels=3, eta=0.0, progress=None,
-                  max_points=None):
+                  max_points=None, condition=None, guidance=UNGUIDED):
     """A window of the images that diffusion.sampling.decode returns for z [B, Z], float32 [B, C, h, w] in [-1, 1].
 
     window       ((top, bottom), (left, right)) in an image of `size` (H, W); other arguments as in decode
@@ -46,8 +47,10 @@ def decode_window(decoder, diffusion, z, size, window, generators=None, channels
         latents = z[first : first + at_once]
         part = Window(len(latents), size, *window, z.device)
         streams = generators and generators[first : first + at_once]
-        coarse = _Coarse(decoder, diffusion, latents, max_points)
-        fine = _Fine(decoder, diffusion, part, latents, max_points, coarse)
+        network = guided(decoder, condition if condition is None else condition[first : first + at_once], guidance)
+        regions = _regions(decoder, diffusion, part)
+        coarse = _Coarse(network, diffusion, latents, max_points)
+        fine = _Fine(network, diffusion, regions, latents, max_points, coarse)
         paths = [sample(side.diffusion.denoiser(side.predict, side.coords), _start(side, channels, own),
                         side.diffusion, own, eta)
                  for side, own in ((coarse, streams), (fine, _copies(streams)))]
@@ -68,22 +71,22 @@ class _Coarse:
     def predict(self, values, t):
         """values [B, L, C] -> the prediction [B, L, C]."""
         self.values = values
-        self.grid = self.decoder.grid_features(values, t, self.z, self.coords, self.max_points)
-        return self.decoder(values, t, self.z, self.coords, self.grid, self.max_points)
+        self.grid = self.decoder.grid_features(values, t, self.z, self.coords, max_points=self.max_points)
+        return self.decoder(values, t, self.z, self.coords, grid=self.grid, max_points=self.max_points)
 
 
 class _Fine:
     """The window with its margin in the large image; each of its steps follows one of the whole."""
 
-    def __init__(self, decoder, diffusion, window, z, max_points, coarse):
+    def __init__(self, decoder, diffusion, regions, z, max_points, coarse):
         self.decoder, self.z, self.max_points, self.coarse = decoder, z, max_points, coarse
-        self.coords, self.field, self.surroundings = _regions(decoder, diffusion, window)
+        self.coords, self.field, self.surroundings = regions
         self.diffusion = diffusion.with_mollifier(_WindowMollifier(diffusion.mollifier, self.coords))
 
     def predict(self, values, t):
         """values [B, L, C] -> the prediction [B, L, C] of the decoder, which also sees the receptive field around."""
         values = self._surrounded(self.coarse.coords.scatter(self.coarse.values), values, self.field)
-        out = self.decoder(values, t, self.z, self.field, self.coarse.grid, self.max_points)
+        out = self.decoder(values, t, self.z, self.field, grid=self.coarse.grid, max_points=self.max_points)
         return self.coords.take(out, self.field)
 
     def sharpened(self, whole, state, window):

@@ -29,7 +29,7 @@ def main():
     mollifier = build_diffusion(cfg).mollifier
     dataset = build_dataset(cfg, train=False)
     log_images(dataset)
-    images = torch.cat([batch for batch, _ in all_batches(dataset, BATCH_SIZE)])
+    images = torch.cat([batch for batch, *_ in all_batches(dataset, BATCH_SIZE)])
     folder = ImageFolder(OUTPUT.value, len(images), {
         "what": "mollified noise with the mean and variance of held-out images", "seed": cfg.run.seed,
         "data": dataset.fingerprint()})

@@ -19,6 +19,7 @@ from experiments.lib.image_folders import ImageFolder
 from experiments.lib.sampling import (
     TrainedAutoencoder,
     arrays_flag,
+    condition_flags,
     inv_snr_flag,
     max_points_flag,
     parse_image_size,
@@ -37,6 +38,7 @@ SIZE, SAMPLER, STEPS = size_flag("the reconstructions"), sampler_flag(), steps_f
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "largest number of images; default: data.fid_samples",
                                    lower_bound=1)
 INV_SNR, MAX_POINTS, ARRAYS = inv_snr_flag(), max_points_flag(), arrays_flag()
+CONTROL = condition_flags()
 OUTPUT = flags.DEFINE_string("output", None, "folder for the images; default: reconstructions/<experiment>_<size>")
 
 
@@ -46,9 +48,11 @@ def main():
         raise UserError("config.model.z_dim=0: a model without an encoder reconstructs nothing; use "
                         "generate_samples.py")
     size = parse_image_size(SIZE.value, cfg.data.img_size)
-    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value)
+    autoencoder = TrainedAutoencoder(cfg, STEPS.value, SAMPLER.value, MAX_POINTS.value, inv_snr=INV_SNR.value,
+                                     control=CONTROL)
     autoencoder.check_size(size)
     dataset = build_dataset(cfg, train=SPLIT.value == "train")
+    autoencoder.use_data(dataset)
     log_images(dataset)
 
     output = Path(OUTPUT.value or f"reconstructions/{cfg.run.experiment}_{size[0]}x{size[1]}")
@@ -57,14 +61,15 @@ def main():
     originals = ImageFolder(output / "originals", total, origin, output, ARRAYS.value)
     reconstructions = ImageFolder(output / "reconstructions", total, {
         **origin, "size": list(size), "seed": cfg.run.seed, "sampler": autoencoder.sampler, "steps": autoencoder.steps,
-        "inv_snr": INV_SNR.value, "decoder": autoencoder.identity}, output, ARRAYS.value)
+        "inv_snr": INV_SNR.value, "decoder": autoencoder.identity, **autoencoder.settings}, output, ARRAYS.value)
 
     for indices, progress in reconstructions.missing_batches(cfg.train.sample_size, autoencoder.steps, [originals]):
-        images, _ = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))
+        images, _, own = next(all_batches(Subset(dataset, indices), len(indices), autoencoder.device))
         generators = autoencoder.generators(indices, "reconstruction")
         originals.save(indices, images)
+        condition = own if autoencoder.from_data else autoencoder.condition(indices)
         reconstructions.save(indices, autoencoder.decode(autoencoder.encode(images), size, generators=generators,
-                                                         progress=progress))
+                                                         progress=progress, condition=condition))
 
     if distributed.is_main():
         scores = reconstruction_scores(originals.load(), reconstructions.load(), autoencoder.diffusion.mollifier)

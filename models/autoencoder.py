@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.blocks import Conditioning, FiLM, TimeEmbedding
+from models.blocks import ConditionEmbedding, Conditioning, FiLM, TimeEmbedding
 from models.interpolation import grid_to_points, knn_to_grid
 from models.large_images import in_parts
 from utils.rng import randn
@@ -23,10 +23,11 @@ class SparseUNet(nn.Module):
     z_dim         length of z
     backend       model.backend, for the search for nearest points (models.interpolation)
     jumps         whether t has a second column, the length of a jump
+    conditions    data.conditions.Conditions that the decoder follows, or None
     """
 
     def __init__(self, channels, out_channels, width, num_blocks, make_block, grid_unet, neighbours, time_emb_dim,
-                 z_dim, backend="auto", jumps=False):
+                 z_dim, backend="auto", jumps=False, conditions=None):
         super().__init__()
         self.time = TimeEmbedding(time_emb_dim, time_emb_dim, jumps)
         self.points_to_grid = PointsToGrid(
@@ -40,15 +41,17 @@ class SparseUNet(nn.Module):
         nn.init.zeros_(self.linear_out.bias)
         films = [module for module in self.modules() if isinstance(module, FiLM)]
         self.conditioning = Conditioning(films, time_emb_dim, z_dim)
+        self.condition = conditions and ConditionEmbedding(conditions, time_emb_dim)
 
-    def forward(self, values, t, z, coords, grid=None, max_points=None):
+    def forward(self, values, t, z, coords, grid=None, max_points=None, condition=None):
         """values [B, L, C], t [B] in [0, 1000] or [B, 2], z [B, Z] -> [B, L, out_channels] in the dtype of values.
 
         grid        result of grid_features for another set of points, such as the whole image that `coords` is a window
                     of; by default that of these points
         max_points  points that a sparse block processes at a time, of all images together; None: no limit
+        condition   as for ConditionEmbedding; a decoder without conditions ignores it
         """
-        modulation = self.conditioning(self.time(t), z)
+        modulation = self._modulation(t, z, condition)
         x, skips = self.points_to_grid(values, coords, modulation, max_points)
         if grid is None:
             grid = self._on_grid(x, coords, modulation)
@@ -57,11 +60,15 @@ class SparseUNet(nn.Module):
             x = in_parts(block, merge(torch.cat([x, skips.pop()], dim=-1)), coords, modulation, max_points)
         return self.linear_out(x).to(values.dtype)
 
-    def grid_features(self, values, t, z, coords, max_points=None):
+    def grid_features(self, values, t, z, coords, max_points=None, condition=None):
         """Features [B, nf, G, G] that grid_to_points interpolates: all that a point knows about distant points."""
-        modulation = self.conditioning(self.time(t), z)
+        modulation = self._modulation(t, z, condition)
         x, _ = self.points_to_grid(values, coords, modulation, max_points)
         return self._on_grid(x, coords, modulation)
+
+    def _modulation(self, t, z, condition):
+        time = self.time(t)
+        return self.conditioning(time if self.condition is None else time + self.condition(condition), z)
 
     def _on_grid(self, x, coords, modulation):
         grid = self.grid_unet(self.points_to_grid.interpolate(x, coords), modulation)

@@ -103,6 +103,35 @@ class TimeEmbedding(nn.Module):
         return self.mlp(sinusoidal_features(t, self.width).to(self.mlp[0].weight.dtype))
 
 
+class ConditionEmbedding(nn.Module):
+    """Class or vector -> vector, which is added to that of the time step (docs/conditions.md).
+
+    A class has a row of a table; a vector, standardised, goes through a Linear. No condition is a learnt vector, too.
+    conditions  data.conditions.Conditions
+    out         length of the result
+    """
+
+    def __init__(self, conditions, out):
+        super().__init__()
+        self.null = nn.Parameter(torch.zeros(out))
+        if conditions.kind == "class":
+            self.embed = nn.Embedding(conditions.size, out)
+        else:
+            self.embed = nn.Linear(conditions.size, out)
+            self.register_buffer("mean", torch.tensor(conditions.mean), persistent=False)
+            self.register_buffer("std", torch.tensor(conditions.std), persistent=False)
+
+    def forward(self, condition):
+        """condition int64 [B], −1 for none, or float32 [B, D], NaN for none -> [B, out]; None for all none -> [out]."""
+        if condition is None:
+            return self.null
+        if condition.dim() == 1:
+            return torch.where(condition[:, None] < 0, self.null, self.embed(condition.clamp(min=0)))
+        absent = condition.isnan().any(1, keepdim=True)
+        vector = torch.where(absent, 0, (condition - self.mean) / self.std)
+        return torch.where(absent, self.null, self.embed(vector.to(self.embed.weight.dtype)))
+
+
 def sinusoidal_features(t, width):
     """sin(t w_i), then cos(t w_i), w_i = exp(-ln(10⁴) i / (n - 1)) for i < n = width / 2: float32 [B, width]."""
     count = width // 2

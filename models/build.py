@@ -13,8 +13,11 @@ from models.sparse_conv import resolve_backend
 from utils.errors import UserError
 
 
-def build_decoder(config):
-    """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
+def build_decoder(config, conditions=None):
+    """SparseUNet of a stage-1 config, in float32 on the CPU. Raises UserError if fields of config.model contradict.
+
+    conditions  data.conditions.Conditions of the training images, which model.condition=latent keeps from the decoder
+    """
     model, channels = config.model, config.data.channels
     _check_even(model, "time_emb_dim")
     decoder = SparseUNet(
@@ -29,6 +32,7 @@ def build_decoder(config):
         z_dim=model.z_dim,
         backend=model.backend,
         jumps=config.diffusion.objective == "few_step",
+        conditions=None if model.condition == "latent" else conditions,
     )
     preserve_variance(decoder)
     return _prepared(config, decoder)
@@ -52,13 +56,16 @@ def build_encoder(config):
     return _prepared(config, encoder)
 
 
-def build_latent_model(config):
-    """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError if fields of config.model contradict."""
+def build_latent_model(config, conditions=None):
+    """MLPSkipNet of a stage-2 config, in float32 on the CPU. Raises UserError if fields of config.model contradict.
+
+    conditions  data.conditions.Conditions that it follows, or None
+    """
     model = config.model
     _check(model.z_dim >= 1, model, "z_dim", "must be at least 1; an autoencoder without an encoder has no latents")
     _check_even(model, "time_embed_dim")
     network = MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout,
-                         jumps=config.diffusion.objective == "few_step")
+                         jumps=config.diffusion.objective == "few_step", conditions=conditions)
     if config.train.compile:
         network.compile()
     return network

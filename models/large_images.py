@@ -66,6 +66,11 @@ class Window(Coordinates):
     def image_size(self):
         return self._image_size
 
+    def doubled(self):
+        """As for Coordinates."""
+        return self.cached("doubled", lambda: Window(2 * self.batch, self.image_size, self.rows, self.columns,
+                                                     self.device))
+
     def _positions(self):
         x, y = ((torch.arange(first, end, device=self.device) + 0.5) / length
                 for (first, end), length in ((self.columns, self.image_size[1]), (self.rows, self.image_size[0])))

@@ -6,6 +6,7 @@ differentiate with respect to an input.
 
 from torch import nn
 
+from data.conditions import Conditions
 from models.build import build_decoder, build_encoder, build_latent_model
 from utils.checkpoint import (
     check_same_architecture,
@@ -30,22 +31,33 @@ def latent_path(config):
 
 
 def load_autoencoder(config, device):
-    """nn.ModuleDict with "encoder" and "decoder" of a stage-1 run. Raises UserError if they do not fit the config."""
-    modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config)})
-    _load(modules, config, autoencoder_path(config), "autoencoder")
-    return modules.to(device).eval()
+    """(nn.ModuleDict with "encoder" and "decoder", Conditions of its training images or None) of a stage-1 run.
+
+    Raises UserError if they do not fit the config.
+    """
+    path = autoencoder_path(config)
+    saved = load_trained(path, "autoencoder", config)
+    conditions = saved["facts"].get("conditions")
+    conditions = conditions and Conditions(*conditions)
+    modules = nn.ModuleDict({"encoder": build_encoder(config), "decoder": build_decoder(config, conditions)})
+    load_weights(modules, saved["ema"], path)
+    return modules.to(device).eval(), conditions
 
 
-def load_latent_model(config, device, encoder):
+def load_latent_model(config, device, encoder, conditions=None):
     """(latent model, mean [Z], std [Z]) of a stage-2 run, from its best checkpoint by held-out loss.
 
     mean and std are those of the training latents; z · std + mean maps samples to the encoder's units. Raises UserError
     if the model was trained on latents of another encoder.
+    conditions   Conditions that the model follows, or None
     """
-    modules = nn.ModuleDict({"latent_model": build_latent_model(config)})
-    facts = _load(modules, config, latent_path(config), "latent")
+    path = latent_path(config)
+    saved = load_trained(path, "latent", config)
+    modules = nn.ModuleDict({"latent_model": build_latent_model(config, conditions)})
+    load_weights(modules, saved["ema"], path)
+    facts = saved["facts"]
     if facts["encoder"] != digest(encoder.state_dict()):
-        raise UserError(f"{latent_path(config)} was trained on latents of another encoder than that of "
+        raise UserError(f"{path} was trained on latents of another encoder than that of "
                         "--decoder_config; train the latent model again, with another run.experiment (or, if a "
                         "damaged checkpoint was skipped, train the autoencoder to the same step again)")
     return modules["latent_model"].to(device).eval(), facts["mean"].to(device), facts["std"].to(device)
@@ -62,12 +74,6 @@ def load_trained(path, kind, config):
         saved, path = load_newest(path, kind)
     check_same_architecture(saved["config"], config.to_dict(), path)
     return saved
-
-
-def _load(modules, config, path, kind):
-    saved = load_trained(path, kind, config)
-    load_weights(modules, saved["ema"], path)
-    return saved["facts"]
 
 
 def _first_there(checkpoint, weights):

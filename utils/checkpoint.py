@@ -175,7 +175,7 @@ def load_weights(module, state, path):
 
 def architecture_fields(config):
     """(section, name) of the fields of a config, also as nested dicts, on which a network or its target depends."""
-    for section, names in (("data", ("img_size", "channels")), ("model", None), ("diffusion", None)):
+    for section, names in (("data", ("img_size", "channels", "condition")), ("model", None), ("diffusion", None)):
         for name in config.get(section, {}):
             if name in names if names else name not in ("backend", "attention"):
                 yield section, name

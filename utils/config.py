@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import TEXT
 
 MAX_NAME = 255  # bytes of a file name
-PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir")
+PATHS = ("run.output_dir", "run.wandb_dir", "data.root_dir", "data.condition_source")
 
 # Smallest allowed value of a number, if it is not 1 for an integer and 0 for a float.
 AT_LEAST = {
@@ -30,13 +30,15 @@ AT_LEAST = {
     "model.time_embed_dim": 2, "diffusion.data_std": 1e-3, "diffusion.multiscale_max_img_size": 8,
     "optimizer.warmup_steps": 0,
 }
-BELOW = {"train.ema_decay": 1.0, "model.uno_dropout": 1.0, "model.dropout": 1.0, "optimizer.adam_beta1": 1.0,
-         "optimizer.adam_beta2": 1.0}
+BELOW = {"train.ema_decay": 1.0, "model.uno_dropout": 1.0, "model.dropout": 1.0, "model.condition_dropout": 1.0,
+         "optimizer.adam_beta1": 1.0, "optimizer.adam_beta2": 1.0}
 ONE_OF = {
     "run.wandb_mode": ("online", "offline", "disabled"),
     "optimizer.decay": ("none", "cosine"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.nonfinite": ("stop", "skip"),
+    "data.condition": ("none", "class", "vector"),
+    "model.condition": ("both", "decoder", "latent"),
     "diffusion.objective": ("ddpm", "flow", "few_step"),
     "diffusion.noise_schedule": ("cosine", "linear", "shifted_cosine", "const0.008"),
     "diffusion.schedule_sampler": ("uniform", "loss-second-moment"),
@@ -159,6 +161,8 @@ def check_autoencoder_config(config, name):
         raise UserError(f"{name}.model.kernel_size={config.model.kernel_size} must be odd")
     if config.model.stochastic_encoding and not config.model.z_dim:
         raise UserError(f"{name}.model.stochastic_encoding=True needs an encoder; set model.z_dim, or turn it off")
+    if config.data.condition != "none" and config.model.condition == "latent" and not config.model.z_dim:
+        raise UserError(f"{name}.model.condition='latent' needs an encoder; set model.z_dim, or use decoder")
 
 
 def check_same_latent(config, decoder_config):

@@ -28,11 +28,15 @@ def build_dataset(config, train, img_size=None):
     if data.name not in DATASETS:
         raise UserError(f"data.name={data.name!r} is not one of {', '.join(DATASETS)}")
     if data.name == Functions.name:
-        return Functions(data.function, (data.num_functions, data.num_heldout_functions), train, size, data.channels)
-    if is_lmdb(data.root_dir):
-        return Prepared(data.root_dir, train, size, data.channels, data.name)
-    dataset = DATASETS[data.name](data.root_dir, train, size, data.channels)
-    dataset.reading = reading(data)
+        counts = data.num_functions, data.num_heldout_functions
+        dataset = Functions(data.function, counts, train, size, data.channels)
+    elif is_lmdb(data.root_dir):
+        dataset = Prepared(data.root_dir, train, size, data.channels, data.name)
+    else:
+        dataset = DATASETS[data.name](data.root_dir, train, size, data.channels)
+        dataset.reading = reading(data)
+    if data.condition != "none":
+        dataset.add_conditions(data.condition, data.condition_source)
     return dataset
 
 

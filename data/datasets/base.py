@@ -1,10 +1,13 @@
 """The base class of data sets, and what several of them share."""
 
+import copy
 import hashlib
+import itertools
 import os
 import warnings
 from pathlib import Path
 
+from data.conditions import FILE, Conditions, class_indices, read_vectors
 from data.images import UNREADABLE, WHITE, load_image, read_header
 from utils.errors import UserError
 
@@ -19,7 +22,8 @@ class ImageDataset:
     size       (H, W) of the images returned
     channels   1 or 3
 
-    A subclass has a `name`, sets `keys`, one per image, and defines `_open(key)`.
+    A subclass has a `name`, sets `keys`, one per image, and defines `_open(key)`. One whose images have classes defines
+    `_classes()`.
 
     An unreadable image is replaced by the next readable one, because one bad file should not end a training run of
     days. UserError is raised once more than one image and more than 1 % of the set were unreadable. Every worker
@@ -32,6 +36,8 @@ class ImageDataset:
     sampled = 256  # images whose contents enter a fingerprint
     reading = {}  # arguments of data.images.read_image, set by build_dataset
     in_memory = False  # items are cached on first use, so worker processes would only repeat the work
+    conditions = None  # data.conditions.Conditions, set by add_conditions
+    condition_values = None  # of all images, int64 [N] or float32 [N, D]
 
     def __init__(self, root, train, size, channels):
         self.root, self.train, self.size, self.channels = root, train, tuple(size), channels
@@ -44,12 +50,16 @@ class ImageDataset:
 
     def __getitem__(self, index):
         """Image `index` as uint8 [C, H, W], or the next readable one."""
+        return self._readable(index)[1]
+
+    def _readable(self, index):
+        """(item, image): image `index`, or the next readable one."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
         for offset in range(len(self)):
             item = (index + offset) % len(self)
             try:
-                return self.read(item)
+                return item, self.read(item)
             except UserError:
                 raise
             except UNREADABLE as error:
@@ -62,9 +72,39 @@ class ImageDataset:
         """Image `index` as uint8 [C, H, W]; raises one of data.images.UNREADABLE if it cannot be read."""
         return load_image(self._open(self.keys[index]), self.size, self.channels, **self.reading)
 
-    def exact(self, index):
-        """Image `index` as the model sees it: uint8 or, if 8 bits would lose precision, float32 in [−1, 1]."""
-        return self[index]
+    def with_condition(self, index):
+        """(image, condition) as the model sees them: the image `index` as uint8 or, if 8 bits would lose precision,
+        float32 in [−1, 1]; the condition int64 [] or float32 [D], or None if the data set has none."""
+        item, image = self._readable(index)
+        return image, self.condition(item)
+
+    def condition(self, index):
+        """Condition of image `index`; None if the data set has none."""
+        return None if self.conditions is None else self.condition_values[index]
+
+    def add_conditions(self, kind, source):
+        """Give every image its condition, data.condition; source: data.condition_source. UserError if one has none."""
+        if kind == "class":
+            found, names = self._classes()
+            self.conditions = Conditions("class", len(names), names)
+            self.condition_values = class_indices(found, names, f"data.root_dir='{self.root}'")
+        else:
+            path = source or os.path.join(self.root, FILE)
+            self.condition_values = read_vectors(path, [self.label(index) for index in range(len(self))])
+            self.conditions = Conditions.of_vectors(self.condition_values)
+
+    def _classes(self):
+        """(class of each image of this part, sorted classes of the training images), by name."""
+        raise UserError(f"data.condition='class', but the images of data.name={self.name!r} have no classes; use none "
+                        "or vector")
+
+    def of_class(self, place):
+        """The images of one class, given by its index, as a data set."""
+        part = copy.copy(self)
+        own = [index for index, value in enumerate(self.condition_values.tolist()) if value == place]
+        part.keys, part.condition_values = [self.keys[index] for index in own], self.condition_values[own]
+        part._fingerprint, part._unreadable = None, set()
+        return part
 
     def source_size(self, index):
         """(H, W) of image `index` in its file, before cropping and resizing."""
@@ -110,6 +150,8 @@ class ImageDataset:
             digest = hashlib.blake2b(digest_size=16)
             for fact in (self.name, self.train, self.size, self.channels, self.reading, self.keys, *self._version()):
                 digest.update(repr(fact).encode() + b"\n")
+            if self.conditions:
+                digest.update(repr(self.conditions).encode() + self.condition_values.numpy().tobytes())
             for index in spread(len(self), self.sampled):
                 digest.update(hashlib.blake2b(self._content(index)).digest())
             self._fingerprint = digest.hexdigest()
@@ -161,3 +203,10 @@ def split_tail(keys, train):
     """All but the last 5 % (at least one) for training, the last 5 % otherwise."""
     held_out = max(1, len(keys) // 20)
     return keys[:-held_out] if train else keys[-held_out:]
+
+
+def split_classes(keys, class_of, train):
+    """split_tail of the keys of each class, taking the classes in turn."""
+    keys = sorted(keys, key=class_of)
+    parts = [split_tail(list(own), train) for _, own in itertools.groupby(keys, class_of)]
+    return [key for turn in itertools.zip_longest(*parts) for key in turn if key is not None]

@@ -2,15 +2,18 @@
 
 import json
 import os
+from collections import Counter
 
-from data.datasets.base import ImageDataset, split_tail
+from data.datasets.base import ImageDataset, split_classes, split_tail
 from data.images import SUFFIXES, in_words, list_images
 from utils.errors import UserError
 from utils.files import TEXT
 
 
 class Folder(ImageDataset):
-    """All images below `root`, of any sizes; the last 5 % by relative path are held out.
+    """All images below `root`, of any sizes; the last 5 % by relative path are held out, with classes of each class.
+
+    The class of an image is the folder that it lies in, relative to the root.
 
     Subclasses state what differs: the folder, the file names, the split. If the root holds the images at several sizes,
     the smallest folder of at least the size asked for is read. Raises UserError if there are no images.
@@ -31,7 +34,7 @@ class Folder(ImageDataset):
             left_out = f", and {in_words(self._left_out)} are left out" if self._left_out else ""
             raise UserError(f"data.root_dir='{self.folder}' has no images; expected files like {self.example} "
                             f"({' '.join(self.suffixes)}; see README, Datasets){left_out}")
-        self.keys = self._split(paths)
+        self._paths, self.keys = paths, self._split(paths, train)
         if not self.keys:
             raise UserError(f"data.root_dir='{root}' has one image; at least 2 are needed, one to train on and one "
                             "held out")
@@ -50,8 +53,30 @@ class Folder(ImageDataset):
         """{size in pixels: name of the folder in the root that holds the images at that size}."""
         return {}
 
-    def _split(self, paths):
-        return split_tail(paths, self.train)
+    def _split(self, paths, train, by_class=False):
+        return split_classes(paths, os.path.dirname, train) if by_class else split_tail(paths, train)
+
+    def add_conditions(self, kind, source):
+        """As for all data sets; with classes, the images of each are split."""
+        if kind == "class":
+            self.keys = self._split(self._paths, self.train, by_class=True)
+        super().add_conditions(kind, source)
+
+    def _classes(self):
+        counts = Counter(map(os.path.dirname, self._paths))
+        for path, folders, _ in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if not folders and not counts[os.path.relpath(path, self.folder)] and path != self.folder:
+                raise UserError(f"data.condition='class', but the folder {path} has no image; add some, or remove it")
+        if counts[""]:
+            raise UserError(f"data.condition='class', but {counts['']} images lie in '{self.folder}' itself; each "
+                            "class needs a folder in it")
+        train = self._split(self._paths, True, by_class=True)
+        names = sorted(set(map(os.path.dirname, train)))
+        for name in counts.keys() - set(names):
+            raise UserError(f"data.condition='class', but no image of {name!r} is left to train on ({counts[name]} in "
+                            "all); add some, or remove the folder")
+        return list(map(os.path.dirname, self.keys)), names
 
     def notes(self):
         """Lines about images that are left out or altered."""
@@ -94,17 +119,17 @@ class CelebA(Folder):
         return {int(name): name for name in os.listdir(self.root)
                 if name.isdecimal() and name[0] != "0" and os.path.isdir(os.path.join(self.root, name))}
 
-    def _split(self, paths):
+    def _split(self, paths, train, by_class=False):
         file = os.path.join(self.root, "split.json")
         if not os.path.exists(file):
-            return super()._split(paths)
-        train, held_out = _read_split(file)
+            return super()._split(paths, train, by_class)
+        training, held_out = _read_split(file)
         by_name = {os.path.basename(path): path for path in paths}
-        missing = sorted((train | held_out) - by_name.keys())
+        missing = sorted((training | held_out) - by_name.keys())
         if missing:
             raise UserError(f"{file} lists {missing[0]!r}, which is not in '{self.folder}' ({len(missing)} names are "
                             "missing); repair the file or remove it")
-        return sorted(by_name[name] for name in (train if self.train else held_out))
+        return sorted(by_name[name] for name in (training if train else held_out))
 
 
 def _read_split(file):

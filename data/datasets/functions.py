@@ -6,6 +6,7 @@ import traceback
 
 import torch
 
+from data.conditions import Conditions, as_vectors, class_indices
 from data.coordinates import Coordinates
 from data.datasets.base import ImageDataset
 from utils.errors import UserError
@@ -38,12 +39,36 @@ class Functions(ImageDataset):
         if sum(counts) > MOST:
             raise UserError(f"data.num_functions={counts[0]} and data.num_heldout_functions={counts[1]} are more than "
                             f"{MOST} together; lower them")
-        self.keys = range(counts[0]) if train else range(counts[0], sum(counts))
+        self._training = range(counts[0])
+        self.keys = self._training if train else range(counts[0], sum(counts))
         _check_function(path, self.keys[0], channels)
+
+    def with_condition(self, index):
+        """Function `index` as `exact`, and its condition."""
+        return self.exact(index), self.condition(index)
 
     def exact(self, index):
         """Function `index` as float32 [C, H, W] in [−1, 1]."""
         return evaluate(self.root, pixel_centres(self.size), self.keys[index], self.channels).permute(2, 0, 1)
+
+    def add_conditions(self, kind, source):
+        """Conditions from the callable `source`: index -> name of a class, or vector. UserError if it fails."""
+        where = f"data.condition_source={source!r}"
+        label = load_function(source, "data.condition_source")
+
+        def labels(indices):
+            try:
+                return [label(index) for index in indices]
+            except Exception as error:  # user code may raise anything
+                raise UserError(f"{where} failed: {_told(error)}") from error
+
+        if kind == "class":
+            names = sorted(set(map(str, labels(self._training))))
+            self.conditions = Conditions("class", len(names), names)
+            self.condition_values = class_indices(map(str, labels(self.keys)), names, where)
+        else:
+            self.condition_values = as_vectors(zip(self.keys, labels(self.keys), strict=True), where)
+            self.conditions = Conditions.of_vectors(self.condition_values)
 
     def read(self, index):
         """Function `index` as uint8 [C, H, W]."""

@@ -18,7 +18,7 @@ STEP = 0.15  # between windows, as a share of their side
 
 
 class Windows(ImageDataset):
-    """Square windows of pictures, in a mixed order. `root` is not used.
+    """Square windows of pictures, in a mixed order; the class of a window is its picture. `root` is not used.
 
     Only windows with at least `size` pixels per side are used, because windows are never enlarged. Items are cached.
     Raises UserError for a size above that of the largest windows.
@@ -41,11 +41,11 @@ class Windows(ImageDataset):
 
     def read(self, index):
         """Window `index` as uint8 [C, H, W]."""
-        if index not in self._items:
-            name, left, top, side = self.keys[index]
+        key = name, left, top, side = self.keys[index]
+        if key not in self._items:
             window = self._picture(name, self.channels).crop((left, top, left + side, top + side))
-            self._items[index] = to_tensor(fit(window, self.size))
-        return self._items[index].clone()
+            self._items[key] = to_tensor(fit(window, self.size))
+        return self._items[key].clone()
 
     def source_size(self, index):
         """(H, W) of window `index` in pixels of its picture."""
@@ -61,6 +61,10 @@ class Windows(ImageDataset):
 
     def _content(self, index):
         return self.read(index).numpy().tobytes()
+
+    def _classes(self):
+        return ([os.path.splitext(key[0])[0] for key in self.keys],
+                sorted(os.path.splitext(name)[0] for name, _ in self.pictures))
 
     @classmethod
     def windows(cls, train, smallest=0):

@@ -10,8 +10,11 @@ import json
 import os
 
 import lmdb
+import numpy as np
+import torch
 from tqdm import tqdm
 
+from data.conditions import Conditions
 from data.datasets.base import ImageDataset, too_many_unreadable
 from data.datasets.lmdb import LmdbReader, close, is_lmdb
 from data.images import UNREADABLE
@@ -49,7 +52,7 @@ class Prepared(ImageDataset):
             raise UserError(f"data.img_size={size[0]}x{size[1]} is more than the {height}x{width} that data.root_dir="
                             f"'{root}' was prepared with; lower it or prepare the data again")
         part = "train" if train else "held_out"
-        self._part = record["parts"][part]
+        self._part, self._saved_conditions = record["parts"][part], record.get("conditions")
         self.keys = [_image_key(part, index) for index in range(self._part["stored"])]
 
     def _read_record(self):
@@ -69,6 +72,18 @@ class Prepared(ImageDataset):
         if not record["complete"]:
             raise UserError(f"data.root_dir='{self.root}' is unfinished, run prepare again (the same command goes on)")
         return record
+
+    def add_conditions(self, kind, source):
+        """Those that the images were prepared with. UserError if they are of another kind; `source` is not used."""
+        found = self._saved_conditions[0] if self._saved_conditions else "none"
+        if found != kind:
+            raise UserError(f"data.condition={kind!r}, but data.root_dir='{self.root}' was prepared with {found!r}; "
+                            "change it or prepare the data again")
+        self.conditions = Conditions(*self._saved_conditions)
+        dtype = np.int64 if kind == "class" else np.float32
+        values = [np.frombuffer(self._reader.get(_condition_key(key)), dtype) for key in self.keys]
+        values = torch.from_numpy(np.stack(values))
+        self.condition_values = values[:, 0] if kind == "class" else values
 
     def _open(self, key):
         return io.BytesIO(self._reader.get(key))
@@ -112,12 +127,17 @@ def _new_record(datasets):
     one = datasets["train"]
     parts = {part: {"total": len(dataset), "source": dataset.fingerprint(), "seen": 0, "stored": 0}
              for part, dataset in datasets.items()}
-    return {"format": FORMAT, "name": one.name, "size": list(one.size), "channels": one.channels, "complete": False,
-            "parts": parts}
+    record = {"format": FORMAT, "name": one.name, "size": list(one.size), "channels": one.channels, "complete": False,
+              "parts": parts}
+    return record if one.conditions is None else {**record, "conditions": list(one.conditions)}
 
 
 def _image_key(part, index):
     return f"{part}/{index:09d}".encode()
+
+
+def _condition_key(image_key):
+    return image_key + b"/condition"
 
 
 def _check_folder(output, source):
@@ -158,10 +178,13 @@ def _write_part(environment, record, name, dataset, num_workers):
     for images in map_in_workers(functools.partial(_encode_images, dataset), chunks, min(num_workers, len(chunks))):
         items = []
         for image in images:
-            part["seen"] += 1
             if image is not None:
-                items.append((_image_key(name, part["stored"]), image))
+                key = _image_key(name, part["stored"])
+                items.append((key, image))
+                if dataset.conditions:
+                    items.append((_condition_key(key), dataset.condition(part["seen"]).numpy().tobytes()))
                 part["stored"] += 1
+            part["seen"] += 1
         _check_unreadable(record, dataset)
         _commit(environment, [*items, (RECORD, _encode_record(record))])
         yield len(images)

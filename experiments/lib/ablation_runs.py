@@ -158,7 +158,7 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
     folder = _decode(autoencoder, heldout)
     found = compare(SampleFolder(folder.path, folder.total), [heldout], feature_model,
                     Path(variant_config.run.output_dir) / "statistics")
-    originals = torch.cat([images for images, _ in all_batches(heldout, EVALUATION_BATCH)])
+    originals = torch.cat([images for images, *_ in all_batches(heldout, EVALUATION_BATCH)])
     psnr = reconstruction_scores(originals, folder.load(), blur)["mollified_psnr"]
     metrics = read_metrics(config.run_dir(variant_config) / "metrics.jsonl")
     return {
@@ -178,8 +178,8 @@ def _decode(autoencoder, heldout):
     folder = ImageFolder(config.run_dir(autoencoder.cfg) / "decoded", len(heldout), {
         "size": list(heldout.size), "sampler": autoencoder.sampler, "steps": steps, "decoder": autoencoder.identity})
     for indices, progress in folder.missing_batches(EVALUATION_BATCH, steps):
-        images, _ = next(all_batches(Subset(heldout, indices), len(indices), autoencoder.device))
+        images, _, condition = next(all_batches(Subset(heldout, indices), len(indices), autoencoder.device))
         generators = autoencoder.generators(indices, "ablation")
         folder.save(indices, autoencoder.decode(autoencoder.encode(images), heldout.size, generators=generators,
-                                                progress=progress))
+                                                progress=progress, condition=condition))
     return folder

@@ -142,4 +142,4 @@ def encode_first(autoencoder, dataset, count):
     part, batch_size = Subset(dataset, range(min(count, len(dataset)))), autoencoder.cfg.train.sample_size
     batches = tqdm(all_batches(part, batch_size, autoencoder.device), "encoding", -(-len(part) // batch_size),
                    unit="batch")
-    return torch.cat([autoencoder.encode(images) for images, _ in batches])
+    return torch.cat([autoencoder.encode(images) for images, *_ in batches])

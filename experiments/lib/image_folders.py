@@ -206,9 +206,10 @@ def folder_images(config, folder, count):
     return images, {"input": str(folder), "data": digest({"images": images})}
 
 
-def heldout_images(config, size, count):
+def heldout_images(config, size, count, autoencoder=None):
     """(uint8 [N, C, H, W], their origin as plain data): at most `count` held-out images at `size` (H, W).
 
+    autoencoder   a TrainedAutoencoder, which then uses their conditions
     Raises UserError if the file of one has fewer pixels: enlarging it would make up details.
     """
     dataset = build_dataset(config, train=False, img_size=size)
@@ -221,4 +222,6 @@ def heldout_images(config, size, count):
                             "data.root_dir to larger images")
     log_images(dataset)
     images = torch.stack([dataset[index] for index in range(count)])
+    if autoencoder and autoencoder.from_data:
+        autoencoder.use_data(dataset, [dataset.with_condition(index)[1] for index in range(count)])
     return images, {"split": "heldout", "data": dataset.fingerprint()}

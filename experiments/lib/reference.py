@@ -19,7 +19,7 @@ class ReferenceDecoder(nn.Module):
         super().__init__()
         self.fast = fast
 
-    def forward(self, values, t, z, coords, max_points=None):
+    def forward(self, values, t, z, coords, max_points=None, condition=None):
         fast = self.fast
         modulation = film_vectors(fast.conditioning, fast.time(t), z)
         grid, skips = points_to_grid(fast.points_to_grid, values, coords, modulation)

@@ -260,7 +260,7 @@ def memorisation(found, config, limit):
         return ""
     ours, mollifier = torch.stack([*images.values()]), build_diffusion(config).mollifier
     train_set, heldout = build_dataset(config, train=True), build_dataset(config, train=False)
-    unseen, _ = next(all_batches(Subset(heldout, range(min(MAX_COMPARED, len(heldout)))), MAX_COMPARED))
+    unseen, *_ = next(all_batches(Subset(heldout, range(min(MAX_COMPARED, len(heldout)))), MAX_COMPARED))
     both = torch.cat([to_float(_resized(ours, unseen.shape[-2:])), unseen])
     nearest = nearest_images(both, train_set, mollifier, limit=limit, num_workers=config.data.num_workers,
                              device=resolve_device(config.run.device))

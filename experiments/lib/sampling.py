@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from absl import flags
 
+from data.datasets import build_dataset
 from diffusion import sampling
 from diffusion.gaussian_diffusion import EVALUATIONS, resolve_sampler, sampling_diffusion
 from diffusion.mollifier import WIENER_EPS
@@ -88,6 +89,36 @@ def _by_objective(defaults):
     return ", ".join(f"{value} for diffusion.objective={objective}" for objective, value in defaults.items())
 
 
+class ConditionFlags(NamedTuple):
+    """Flags of conditions and guidance, as absl holds them."""
+
+    condition: flags.FlagHolder
+    scale: flags.FlagHolder
+    interval: flags.FlagHolder
+
+    def guidance(self):
+        """diffusion.sampling.Guidance"""
+        try:
+            first, last = map(float, self.interval.value)
+        except ValueError:
+            first, last = 1, 0
+        if not 0 <= first < last <= 1:
+            raise UserError(f"--guidance_interval={','.join(self.interval.value)} must be two fractions of the chain "
+                            "in order, such as 0.2,0.8")
+        return sampling.Guidance(self.scale.value, (first, last))
+
+
+def condition_flags():
+    """Define the flags of ConditionFlags."""
+    return ConditionFlags(
+        flags.DEFINE_string("condition", None, "name or index of a class, a .npy file of vectors, data for those of "
+                            "the held-out images in turn, or none; default: data, or none with --input"),
+        float_flag("guidance_scale", 1.0, "weight of the condition in classifier-free guidance; 1 for no guidance",
+                   high=1e3),
+        flags.DEFINE_list("guidance_interval", ["0", "1"], "fractions of the chain, from noise to image, between which "
+                          "guidance acts"))
+
+
 class TrainedAutoencoder:
     """A trained autoencoder in eval mode, on its device, and the diffusion process that images are sampled by.
 
@@ -97,28 +128,88 @@ class TrainedAutoencoder:
     max_points  pixels of all images together that the network takes at a time
     run         section of a config with the device and the seed; by default that of cfg
     inv_snr     epsilon of the Wiener filter
+    control     ConditionFlags; None: no conditions, no guidance
+    has_data    False if the images have no conditions of their own
     UserError if the run has no checkpoint, or one that does not fit cfg.
     """
 
     def __init__(self, cfg, steps=None, sampler=None, max_points=MAX_POINTS, run=None,
-                 inv_snr=WIENER_EPS):
+                 inv_snr=WIENER_EPS, control=None, has_data=True):
         run = run or cfg.run
         self.cfg, self.seed, self.max_points = cfg, run.seed, max_points
         self.diffusion = sampling_diffusion(cfg, steps, sampler, inv_snr)
         self.sampler, self.steps = self.diffusion.sampler, self.diffusion.evaluations
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(cfg.train, self.device)
-        modules = load_autoencoder(cfg, self.device)
+        modules, self.conditions = load_autoencoder(cfg, self.device)
         self.encoder, self.decoder = modules["encoder"], modules["decoder"]
         self.identity = identity(autoencoder_path(cfg))
+        self._set_conditions(control, has_data)
+
+    def _set_conditions(self, control, has_data):
+        """Set `guidance`; `given`, the conditions of samples in turn, or None; `from_data`, whether `use_data` sets
+        them; and `settings`, for the record."""
+        self.guidance, self.given, self.from_data, self.settings = sampling.UNGUIDED, None, False, {}
+        if control is None:
+            return
+        if self.conditions is None:
+            for holder in control:
+                if holder.present:
+                    raise UserError(f"--{holder.name} needs a model with conditions, and this one was trained with "
+                                    "data.condition='none'; leave it out")
+            return
+        self.guidance = control.guidance()
+        text = control.condition.value or ("data" if has_data else "none")
+        self.from_data = text == "data"
+        if self.from_data and not has_data:
+            raise UserError("--condition=data needs held-out images, and those of --input have no conditions; give "
+                            "another, or none")
+        if text not in ("data", "none"):
+            self.given = self.conditions.parse(text)
+        self.settings = {"condition": text, "guidance": [self.guidance.scale, *self.guidance.interval]}
+        if self.cfg.model.condition != "latent":
+            self.check_dropout(self.cfg)
+
+    def check_dropout(self, cfg):
+        """UserError if samples need a model without a condition, and that of a config was never trained so."""
+        if not cfg.model.condition_dropout and (
+                self.guidance.scale != 1 or self.settings.get("condition") == "none"):
+            raise UserError(f"--guidance_scale and --condition=none need a model that was trained without conditions "
+                            f"too, and {cfg.run.experiment} has model.condition_dropout=0; give a condition, and leave "
+                            "the scale at 1")
+
+    def use_data(self, dataset, values=None):
+        """Take conditions of a data set, a list of `values` or all in turn, if --condition asks for those of the data.
+
+        UserError if the model was trained on others.
+        """
+        if self.from_data:
+            if not self.conditions.same(dataset.conditions):
+                raise UserError(f"the images of data.root_dir='{dataset.root}' have other conditions than the model, "
+                                f"which takes {self.conditions.describe()}; restore them, or give --condition")
+            self.given = dataset.condition_values if values is None else torch.stack(values)
+            self.settings["conditions_of"] = dataset.fingerprint()
+
+    def condition(self, indices):
+        """Conditions int64 [B] or float32 [B, D] of the images or samples with these indices; None for none."""
+        if self.given is None:
+            return None
+        return self.given[torch.as_tensor(indices) % len(self.given)].to(self.device)
 
     def check_size(self, size):
         """UserError if max_points is too few for images of size (H, W)."""
-        check_max_points(self.decoder, size, self.max_points)
+        check_max_points(self.decoder, size, self.max_points // self.guidance.evaluations)
 
     def generators(self, indices, purpose):
         """One torch.Generator per image: a function of the seed, the purpose and the global index of the image."""
         return rng.sample_generators(self.device, indices, self.seed, purpose)
+
+    @property
+    def classes(self):
+        """Names of the classes of samples in turn; None if they have none."""
+        if self.given is None or self.given.dim() > 1:
+            return None
+        return [self.conditions.names[place] for place in self.given.tolist()]
 
     def encode(self, images, known=None):
         """Latents [B, Z] of images [B, C, H, W], as diffusion.sampling.encode."""
@@ -130,12 +221,13 @@ class TrainedAutoencoder:
         with the same signature."""
         with autocast(self.device, self.dtype):
             return draw(self.decoder, self.diffusion, z, size, channels=self.cfg.data.channels,
-                        max_points=self.max_points, **options)
+                        max_points=self.max_points, guidance=self.guidance, **options)
 
-    def invert(self, images, z):
+    def invert(self, images, z, condition=None):
         """States [B, C, H, W] that the sampler leads back to the images, as diffusion.sampling.invert."""
         with autocast(self.device, self.dtype):
-            return sampling.invert(self.decoder, self.diffusion, images, z, max_points=self.max_points)
+            return sampling.invert(self.decoder, self.diffusion, images, z, max_points=self.max_points,
+                                   condition=condition, guidance=self.guidance)
 
 
 def latent_source(cfg, autoencoder, sampler=None, steps=None):
@@ -146,12 +238,16 @@ def latent_source(cfg, autoencoder, sampler=None, steps=None):
     """
     diffusion = sampling_diffusion(cfg, steps, sampler)
     dtype = resolve_dtype(cfg.train, autoencoder.device)
-    model, mean, std = load_latent_model(cfg, autoencoder.device, autoencoder.encoder)
+    followed = None if autoencoder.cfg.model.condition == "decoder" else autoencoder.conditions
+    if followed:
+        autoencoder.check_dropout(cfg)
+    model, mean, std = load_latent_model(cfg, autoencoder.device, autoencoder.encoder, followed)
 
     def draw(indices):
         generators = rng.sample_generators(autoencoder.device, indices, cfg.run.seed, "latent")
         with autocast(autoencoder.device, dtype):
-            return sampling.sample_latents(model, diffusion, mean, std, generators)
+            return sampling.sample_latents(model, diffusion, mean, std, generators,
+                                           condition=autoencoder.condition(indices), guidance=autoencoder.guidance)
 
     return draw, {"latent_sampler": diffusion.sampler, "latent_steps": diffusion.evaluations,
                   "latent_model": identity(latent_path(cfg))}
@@ -168,10 +264,11 @@ class SamplingFlags(NamedTuple):
     latent_sampler: flags.FlagHolder
     latent_steps: flags.FlagHolder
     max_points: flags.FlagHolder
+    control: ConditionFlags
 
     def given(self):
         """Names of those on the command line."""
-        return [holder.name for holder in self if holder.present]
+        return [holder.name for holder in (*self[:-1], *self.control) if holder.present]
 
 
 def define_sampling_flags():
@@ -182,7 +279,7 @@ def define_sampling_flags():
                           "objective is another"),
         flags.DEFINE_integer("latent_sampling_steps", None, "network evaluations per latent; default: all steps, or as "
                              "many as for images if the objective is not ddpm", lower_bound=1),
-        max_points_flag())
+        max_points_flag(), condition_flags())
 
 
 def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arrays=False):
@@ -206,7 +303,9 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
     spans = parse_window(window, size)
     check_eta(options.eta, options.sampler, decoder_cfg)
     autoencoder = TrainedAutoencoder(decoder_cfg, options.steps.value, options.sampler.value, options.max_points.value,
-                                     own.run, options.inv_snr.value)
+                                     own.run, options.inv_snr.value, options.control)
+    if autoencoder.from_data:
+        autoencoder.use_data(build_dataset(decoder_cfg, train=False))
     name = "{}_{}x{}".format(own.run.experiment, *size)
     draw = {}
     if spans:
@@ -218,7 +317,9 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
         autoencoder.check_size(size)
     settings = {"size": list(size), "window": spans and [list(span) for span in spans], "seed": own.run.seed,
                 "sampler": autoencoder.sampler, "steps": autoencoder.steps, "eta": options.eta.value,
-                "inv_snr": options.inv_snr.value, "decoder": autoencoder.identity}
+                "inv_snr": options.inv_snr.value, "decoder": autoencoder.identity, **autoencoder.settings}
+    if autoencoder.classes:
+        settings["classes"] = autoencoder.classes
     if cfg is None:
         settings["latent_model"] = "none"
 
@@ -232,7 +333,8 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
     for indices, progress in folder.missing_batches(own.train.sample_size, autoencoder.steps):
         generators = autoencoder.generators(indices, "image")
         folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,
-                                                generators=generators, **draw))
+                                                generators=generators, condition=autoencoder.condition(indices),
+                                                **draw))
     return folder
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from data.coordinates import Coordinates
 from data.loader import all_batches
-from diffusion.sampling import encode
+from diffusion.sampling import UNGUIDED, encode, guided
 from utils import rng
 
 HIGHEST = 100.0  # dB; PSNR of equal images, so that every figure is finite
@@ -117,12 +117,13 @@ def denoising_error(modules, diffusion, dataset, yardstick, batch_size=64, devic
     yardstick   GaussianMollifier, the same for all models that are compared
     """
     errors, last = [], int(STEPS_SHARE * diffusion.num_steps)
-    for images, index in all_batches(dataset, batch_size, device):
+    for images, index, condition in all_batches(dataset, batch_size, device):
         coords = Coordinates.full(len(images), images.shape[-2:], device)
         z = encode(modules["encoder"], images)
         t = index.to(device) * last // len(dataset)
         noise = rng.randn(images.shape, rng.sample_generators(device, index, "denoising error"), device)
-        denoise = diffusion.denoiser(lambda x, time, z=z, coords=coords: modules["decoder"](x, time, z, coords), coords)
+        network = guided(modules["decoder"], condition, UNGUIDED)
+        denoise = diffusion.denoiser(lambda x, time, z=z, coords=coords, f=network: f(x, time, z, coords), coords)
         estimate = diffusion.mollifier.sharpen(denoise(diffusion.q_sample(images, t, noise), t)).clamp(-1, 1)
         errors.append(yardstick.blur(estimate - images).square().flatten(1).mean(1))
     return torch.cat(errors).mean().item()
@@ -158,7 +159,7 @@ def nearest_images(images, dataset, mollifier, k=3, limit=None, batch_size=256, 
     images = torch.cat([torch.rot90(images.flip(-1) if mirrored else images, -turns, (-2, -1))
                         for turns, mirrored in orientations]).flatten(1)
     best = Nearest(torch.empty(n, 0), *torch.empty(2, n, 0, dtype=torch.int64))
-    for batch, index in all_batches(Subset(dataset, items.tolist()), batch_size, device, num_workers):
+    for batch, index, _ in all_batches(Subset(dataset, items.tolist()), batch_size, device, num_workers):
         distance = torch.cdist(images, mollifier.blur(batch).flatten(1)).square() / images.shape[1]
         distance, orientation = distance.unflatten(0, (len(orientations), n)).min(dim=0)
         new = Nearest(distance.cpu(), items[index].expand(n, -1), orientation.cpu())

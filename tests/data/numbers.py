@@ -5,6 +5,7 @@ class Numbers:
     """A data set of `count` small images; all their orientations differ."""
 
     flips = True
+    conditions = None
 
     def __init__(self, count, turns=(0,)):
         self.count = count

@@ -110,7 +110,7 @@ def test_models_see_exact_values_and_no_mirror_images(functions):
     found = sorted(batch.images[:, 0, 0, 0].tolist())
     assert found == pytest.approx([i / 100 + 0.3 * 0.5 / 16 for i in range(20)], abs=1e-6)
     part = torch.utils.data.Subset(train, [3, 8])
-    images, _ = next(all_batches(part, 2, num_workers=1))
+    images, *_ = next(all_batches(part, 2, num_workers=1))
     assert torch.equal(images, torch.stack([train.exact(3), train.exact(8)]))
 
 

@@ -96,8 +96,8 @@ def test_an_image_is_turned_counter_clockwise_and_then_mirrored(orientation, exp
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 50])
 @pytest.mark.parametrize("orientation", [(0, False), (0, True)])
 def test_all_batches_is_the_whole_set_once_in_order(dataset, batch_size, orientation):
-    images, index = (torch.cat(column) for column in zip(*all_batches(dataset, batch_size, orientation=orientation),
-                                                         strict=True))
+    images, index, _ = zip(*all_batches(dataset, batch_size, orientation=orientation), strict=True)
+    images, index = torch.cat(images), torch.cat(index)
     assert index.tolist() == list(range(11))
     assert which(dataset, images) == [(item, orientation) for item in range(11)]
 
@@ -105,7 +105,8 @@ def test_all_batches_is_the_whole_set_once_in_order(dataset, batch_size, orienta
 def test_all_batches_with_workers_and_of_a_part(dataset, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     part = Subset(dataset, [7, 2, 5])
-    images, index = (torch.cat(column) for column in zip(*all_batches(part, 2, num_workers=2), strict=True))
+    images, index, _ = zip(*all_batches(part, 2, num_workers=2), strict=True)
+    images, index = torch.cat(images), torch.cat(index)
     assert index.tolist() == [0, 1, 2]
     assert [item for item, _ in which(dataset, images)] == [7, 2, 5]
 
@@ -144,10 +145,10 @@ def test_workers_of_any_start_method(dataset, method, monkeypatch):
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     try:
-        images = torch.cat([images for images, _ in all_batches(dataset, 4, num_workers=1)])
+        images = torch.cat([images for images, *_ in all_batches(dataset, 4, num_workers=1)])
     finally:
         multiprocessing.set_start_method(before, force=True)
-    assert torch.equal(images, torch.cat([images for images, _ in all_batches(dataset, 4)]))
+    assert torch.equal(images, torch.cat([images for images, *_ in all_batches(dataset, 4)]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -53,7 +53,7 @@ def test_a_prepared_set_holds_the_same_pixels(source, output, num_workers, chann
     for train in (True, False):
         dataset = build_dataset(at(source, output), train)
         assert torch.equal(torch.stack(list(dataset)), items(source, train))
-        images = torch.cat([images for images, _ in all_batches(dataset, 16, num_workers=2)])
+        images = torch.cat([images for images, *_ in all_batches(dataset, 16, num_workers=2)])
         assert len(images) == len(dataset)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.conditions import Conditions
 from diffusion.gaussian_diffusion import build_diffusion
-from diffusion.sampling import decode
+from diffusion.sampling import Guidance, decode
 from diffusion.window import check_window, decode_window
 from models.build import build_decoder
 from tests.models.tiny import awake, tiny_config
@@ -43,6 +44,18 @@ def test_at_the_training_resolution_it_is_exact(objective, sampler, eta, rows, c
     whole = decode(decoder, diffusion, z, (32, 32), generators=generators(), eta=eta)
     window = decode_window(decoder, diffusion, z, (32, 32), (rows, columns), generators=generators(), eta=eta)
     torch.testing.assert_close(window, whole[..., slice(*rows), slice(*columns)], rtol=0, atol=2e-3)
+
+
+def test_a_window_follows_its_condition_with_guidance():
+    config, options = tiny_config(), {"condition": torch.tensor([0, 2]), "guidance": Guidance(2.0, (0.0, 0.7))}
+    config.data.img_size = 32
+    torch.manual_seed(0)
+    decoder = awake(build_decoder(config, Conditions("class", 3)))
+    diffusion, z = build_diffusion(config, STEPS), torch.zeros(2, 6)
+    whole = decode(decoder, diffusion, z, (32, 32), generators=generators(), **options)
+    window = decode_window(decoder, diffusion, z, (32, 32), ((8, 24), (10, 20)), generators=generators(), **options)
+    torch.testing.assert_close(window, whole[..., 8:24, 10:20], rtol=0, atol=2e-3)
+    assert not torch.allclose(whole[0], whole[1], atol=0.1)
 
 
 @pytest.mark.parametrize("mean_type", ["mollified_epsilon", "v", "xstart"])

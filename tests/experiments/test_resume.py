@@ -31,9 +31,11 @@ def run_jobs(folder, jobs):
 def runs(tmp_path_factory):
     """(folder of all runs, {run: results of its jobs})."""
     folder = tmp_path_factory.mktemp("runs")
-    write_folder(folder / "data", 23)  # 21 are trained on, in batches of 4: no step up to STEPS begins an epoch
+    for name, count in (("a", 11), ("b", 12)):  # 21 are trained on, in batches of 4: no step up to STEPS ends an epoch
+        write_folder(folder / "data" / name, count)
     config, latent = tiny_config(folder, folder / "data", "folder"), tiny_latent_config(folder)
     config.model.stochastic_encoding, config.diffusion.schedule_sampler = True, "loss-second-moment"
+    config.data.condition = "class"
     config.diffusion.steps, config.train.accumulation_steps = 4, 2  # so few steps that the sampler's history fills
     for one in (config, latent):
         one.train.max_steps, one.train.checkpoint_steps, one.train.validate_steps = STEPS, 3, 2

@@ -21,8 +21,9 @@ class Casts(TorchDispatchMode):
 
 def test_autocast_casts_the_weights_of_convolutions_once_in_all_evaluations(monkeypatch):
     config = tiny_config()
-    monkeypatch.setattr(load, "_load", lambda *_: {})
-    decoder = load.load_autoencoder(config, torch.device("cpu"))["decoder"]
+    monkeypatch.setattr(load, "load_trained", lambda *_: {"facts": {}, "ema": {}})
+    monkeypatch.setattr(load, "load_weights", lambda *_: None)
+    decoder = load.load_autoencoder(config, torch.device("cpu"))[0]["decoder"]
     kernels = [parameter for parameter in decoder.grid_unet.parameters() if parameter.dim() == 4]
     coords, z = Coordinates.full(1, (SIZE, SIZE)), torch.zeros(1, config.model.z_dim)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), Casts(kernels) as casts:
@@ -32,7 +33,9 @@ def test_autocast_casts_the_weights_of_convolutions_once_in_all_evaluations(monk
 
 
 def test_a_latent_model_is_loaded_alike(monkeypatch):
-    monkeypatch.setattr(load, "_load", lambda *_: {"encoder": "e", "mean": torch.zeros(6), "std": torch.ones(6)})
+    facts = {"encoder": "e", "mean": torch.zeros(6), "std": torch.ones(6)}
+    monkeypatch.setattr(load, "load_trained", lambda *_: {"facts": facts, "ema": {}})
+    monkeypatch.setattr(load, "load_weights", lambda *_: None)
     monkeypatch.setattr(load, "digest", lambda _: "e")
     model, _, _ = load.load_latent_model(tiny_latent_config(), torch.device("cpu"), torch.nn.Identity())
     assert not model.training and all(parameter.requires_grad for parameter in model.parameters())

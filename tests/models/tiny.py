@@ -43,9 +43,9 @@ def awake(model, seed=0):
     return model.eval()
 
 
-def tiny_decoder(**model):
+def tiny_decoder(conditions=None, **model):
     torch.manual_seed(0)
-    return awake(build_decoder(tiny_config(**model)))
+    return awake(build_decoder(tiny_config(**model), conditions))
 
 
 def tiny_encoder(**model):
