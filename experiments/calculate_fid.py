@@ -24,6 +24,7 @@ from configs.defaults import autoencoder_config
 from data.datasets import build_dataset, log_images, reading
 from experiments.lib.image_folders import SampleFolder
 from experiments.lib.sampling import define_sampling_flags, make_samples, parse_image_size
+from experiments.metrics.classes import by_class, compare_classes, describe_classes, named_by_colour
 from experiments.metrics.features import NETWORKS, build_feature_model
 from experiments.metrics.fid import MIN_IMAGES, compare, departures, describe, paper_split, summary
 from utils import cli, config, distributed
@@ -52,6 +53,7 @@ CROPS = flags.DEFINE_integer("crops", None, "number of random crops at full reso
                              "images", lower_bound=MIN_IMAGES)
 CROP_SIZE = flags.DEFINE_integer("crop_size", None, "side of a crop; default: the network's input size", lower_bound=16)
 NEIGHBOURS = flags.DEFINE_integer("neighbours", 3, "k of precision and recall", lower_bound=1)
+PER_CONDITION = flags.DEFINE_bool("per_condition", False, "score the samples of each class as well")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "batch size of the network", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the scores")
 
@@ -74,19 +76,26 @@ def main():
     log_images(*([given] if given else []), *real)
     samples = given or SampleFolder(make_samples(latent, autoencoder, OPTIONS, count).path, count)
 
-    found = compare(samples, real, model, Path(run.output_dir) / "statistics", CROPS.value, crop_size, NEIGHBOURS.value,
-                    BATCH_SIZE.value, min(data.num_workers, os.cpu_count() or 1))
+    parts = by_class(samples, real) if PER_CONDITION.value else {}
+    settings = (model, Path(run.output_dir) / "statistics", CROPS.value, crop_size, NEIGHBOURS.value, BATCH_SIZE.value,
+                min(data.num_workers, os.cpu_count() or 1))
+    found, classes = compare(samples, real, *settings), compare_classes(parts, *settings)
     if not distributed.is_main():
         return
     record = {"score": ("crop-" if CROPS.value else "") + model.score_name, "value": found.pop("frechet"),
               "num_samples": found.pop("count_a"), "num_real_images": found.pop("count_b"),
               "samples": str(samples.folder), "size": list(size), "sampling": samples.settings, **found}
     record["unlike_the_paper"] = departures(record)
+    if PER_CONDITION.value:
+        record |= {"per_condition": classes, "named_by_colour": named_by_colour(
+            parts, *(build_dataset(real_settings(data), train) for train in (True, False)))}
     if OUTPUT.value is not None:
         with replacing(OUTPUT.value) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(summary(record))
     print(f"protocol: {describe(record)}")
+    for line in describe_classes(record):
+        print(line)
 
 
 def check_flags():
@@ -119,12 +128,18 @@ def real_images(data, sample_size):
     """Data sets of the selected split, or of all images in --real, at the size at which they are compared."""
     split = "all" if REAL.value else SPLIT.value or paper_split(data.name)
     parts = {"train": [True], "heldout": [False], "all": [True, False]}[split]
-    settings, size = ConfigDict({"data": data}), sample_size if REAL.value or CROPS.value else None
-    if REAL.value:
-        settings.data.update(name="folder", root_dir=REAL.value)
+    size = sample_size if REAL.value or CROPS.value else None
     if REAL_SIZE.value:
         size = parse_image_size(REAL_SIZE.value, None, flag="real_img_size")
-    return [build_dataset(settings, train, size) for train in parts]
+    return [build_dataset(real_settings(data), train, size) for train in parts]
+
+
+def real_settings(data):
+    """A config of the real images: section data of the config, or the folder --real."""
+    settings = ConfigDict({"data": data.copy_and_resolve_references()})
+    if REAL.value:
+        settings.data.update(name="folder", root_dir=REAL.value, condition="class" if PER_CONDITION.value else "none")
+    return settings
 
 
 def check_images(num_samples, sample_size, real, crop_size):

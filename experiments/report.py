@@ -66,6 +66,7 @@ def main():
         report_sections.scores(scores),
         report_sections.losses(runs),
         report_sections.samples(samples, autoencoder),
+        report_sections.classes(samples, autoencoder),
         report_sections.memorisation(samples, autoencoder, SEARCH.value),
         report_sections.applications(applications, autoencoder),
         report_sections.training_images(runs, autoencoder.data.img_size),

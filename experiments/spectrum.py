@@ -4,10 +4,12 @@
 
 Each folder holds samples of one size from generate_samples.py; as many true images are made or read at that size.
 Mollifying and sharpening multiplies every coefficient by G²/(G² + ε²), G being the factor of T, in the samples. The
-same is done to the true images, and wavenumbers are compared as far as half of a coefficient is kept.
+same is done to the true images, and wavenumbers are compared as far as half of a coefficient is kept. Samples of one
+class are compared with true images of that class.
 
 Writes spectrum.png and spectrum.json. Prints the mean of |log10(generated / true power)| over the wavenumbers and, as
-an estimate of the sampling error, the same for as many other true images.
+an estimate of the sampling error, the same for as many other true images; and the slope of log power over log
+wavenumber, over the lower half of the wavenumbers.
 """
 
 import math
@@ -24,7 +26,7 @@ from data.loader import to_float
 from diffusion.gaussian_diffusion import build_diffusion
 from experiments.lib.image_folders import SampleFolder, heldout_images
 from experiments.lib.plots import line_plot, to_bytes
-from experiments.metrics.images import log_ratio, radial_spectrum
+from experiments.metrics.images import log_ratio, log_slope, radial_spectrum
 from utils import cli, config
 from utils.errors import UserError
 from utils.files import check_writable, replacing, write_json
@@ -52,7 +54,8 @@ def main():
         temporary.write_bytes(plot(rows, band))
     for row in rows:
         print("{0}x{1}, {count} samples: mean |log10 ratio| to the true spectrum {distance:.3f} (as many other true "
-              "images: {distance_of_true:.3f}), mean log10 ratio {bias:+.3f}".format(*row["size"], **row))
+              "images: {distance_of_true:.3f}), mean log10 ratio {bias:+.3f}, slope {slope:.2f} (true: "
+              "{slope_of_true:.2f})".format(*row["size"], **row))
     print(f"over the wavenumbers 1 to {band}; plot in {output}")
 
 
@@ -62,7 +65,8 @@ def compare(samples, cfg, mollifier, band):
     if min(size) <= band:
         raise UserError(f"--samples={samples.folder} are of {size[0]}x{size[1]}, fewer pixels than the {band} "
                         "wavenumbers to compare; give samples of at least data.img_size")
-    images, _ = heldout_images(cfg, size, 2 * count)
+    classes = set(samples.settings.get("classes", []))
+    images, _ = heldout_images(cfg, size, 2 * count, only=classes.pop() if len(classes) == 1 else None)
     if len(images) < 2 * count:
         raise UserError(f"--samples={samples.folder} holds {count} images, and twice as many held-out images are "
                         f"needed, but there are {len(images)}; set data.num_heldout_functions, or give fewer samples")
@@ -73,7 +77,8 @@ def compare(samples, cfg, mollifier, band):
     distance, bias = log_ratio(generated, true, band)
     spectra = {"generated": generated, "true": true, "true_unfiltered": radial_spectrum(exact)}
     return {"samples": str(samples.folder), "size": list(size), "count": count, "made": samples.settings,
-            "distance": distance, "bias": bias, "distance_of_true": log_ratio(other, true, band)[0],
+            "distance": distance, "bias": bias, "slope": log_slope(generated, band // 2),
+            "slope_of_true": log_slope(true, band // 2), "distance_of_true": log_ratio(other, true, band)[0],
             "spectra": {name: values.tolist() for name, values in spectra.items()}}
 
 

@@ -152,6 +152,8 @@ class Shrunk:
                 config = runpy.run_path(path)["get_config"]()
                 if config.data.name == "function":
                     fields["data.name"] = "function"
+                for field in ("data.name", "model.z_dim"):  # on which the data or the kind of the model depend
+                    fields[field] = flag(words, f"{name}.{field}") or fields[field]
                 if not config.model.z_dim:
                     del fields["model.z_dim"]
                 yield from (f"--{name}.{field}={value}" for field, value in fields.items())

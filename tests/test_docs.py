@@ -162,16 +162,6 @@ def test_the_function_of_the_example(monkeypatch):
     assert items[0].shape == items[1].shape == (1, 16, 16) and not torch.equal(*items)
 
 
-def test_the_labels_of_the_example():
-    """One-hot labels behind z, in a decoder that is built with as many more entries of z, change what it predicts."""
-    with_labels = example("models/labels.py").with_labels
-    cfg, (values, t, z, coords) = tiny_config(backend="torch_dense"), draw_points()
-    cfg.model.z_dim += 3
-    decoder = awake(build_decoder(cfg))
-    first, second = (decoder(values, t, with_labels(z, torch.full((2,), label), 3), coords) for label in (0, 2))
-    assert (first - second).abs().max() > 1e-3
-
-
 def test_the_block_of_the_example(monkeypatch):
     """Its gate takes part, on all points at once as on parts of a large image."""
     monkeypatch.setattr(models.build, "SparseBlock", example("models/gated_block.py").GatedBlock)

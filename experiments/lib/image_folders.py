@@ -206,13 +206,16 @@ def folder_images(config, folder, count):
     return images, {"input": str(folder), "data": digest({"images": images})}
 
 
-def heldout_images(config, size, count, autoencoder=None):
+def heldout_images(config, size, count, autoencoder=None, only=None):
     """(uint8 [N, C, H, W], their origin as plain data): at most `count` held-out images at `size` (H, W).
 
     autoencoder   a TrainedAutoencoder, which then uses their conditions
+    only          name of the class of the images; None: all
     Raises UserError if the file of one has fewer pixels: enlarging it would make up details.
     """
     dataset = build_dataset(config, train=False, img_size=size)
+    if only is not None and dataset.conditions:
+        dataset = dataset.of_class(dataset.conditions.names.index(only))
     count = min(count, len(dataset))
     for index in range(count):
         height, width = dataset.source_size(index)

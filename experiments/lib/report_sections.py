@@ -229,6 +229,21 @@ def samples(found, decoder_config):
                                     if images)))
 
 
+def classes(found, decoder_config):
+    """A row of samples for each class, from the folders that hold several."""
+    figures = []
+    for one in found:
+        names, rows = one.settings.get("classes", []), {}
+        for file, image in one.images(MAX_COMPARED * len(set(names))).items() if names else ():
+            rows.setdefault(names[int(Path(file).stem) % len(names)], []).append(image)
+        length = min(map(len, rows.values()), default=0)
+        if len(rows) > 1:
+            images = [image for name in sorted(rows) for image in rows[name][:min(length, MAX_SHOWN)]]
+            figures.append(grid(torch.stack(images), one.caption(f"{', '.join(sorted(rows))}: samples", decoder_config),
+                                columns=min(length, MAX_SHOWN)))
+    return section("Samples of each class", row(*figures))
+
+
 def reconstructions(found, decoder_config):
     """Held-out images, their reconstructions, and scores."""
     parts = []

@@ -106,6 +106,11 @@ def log_ratio(power, wanted, band):
     return float(np.abs(ratio).mean()), float(ratio.mean())
 
 
+def log_slope(power, last):
+    """Least-squares slope of log power over log wavenumber, from 1 to `last`."""
+    return float(np.polyfit(np.log(np.arange(1, last + 1)), np.log(power[1:last + 1]), 1)[0])
+
+
 @torch.no_grad()
 def denoising_error(modules, diffusion, dataset, yardstick, batch_size=64, device="cpu"):
     """Mean squared error of the estimate of x_0, blurred by `yardstick` (docs/method.md, 7.4).

@@ -5,9 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data.datasets import build_dataset
 from data.images import read_image
-from tests.data.layouts import picture
+from experiments.lib.image_folders import SampleFolder
+from experiments.metrics.classes import by_class, named_by_colour
+from tests.data.layouts import config, picture
 from tests.scripts import only_line, run_script
 from tests.tiny import tiny_config, tiny_latent_config, write_config_file
 from utils.checkpoint import load_checkpoint
@@ -29,9 +33,9 @@ def runs(tmp_path_factory):
         str(path.relative_to(folder / "data")): np.array([i, -i, 1]) for i, path in
         enumerate(sorted((folder / "data").glob("*/*.png")))})
     for kind in ("class", "vector"):
-        config, latent = tiny_config(folder / kind, folder / "data", "folder"), tiny_latent_config(folder / kind)
-        config.data.condition, config.optimizer.learning_rate, latent.optimizer.learning_rate = kind, 0.1, 0.1
-        single = ["--config", write_config_file(config, folder / f"{kind}_ae.py")]
+        first, latent = tiny_config(folder / kind, folder / "data", "folder"), tiny_latent_config(folder / kind)
+        first.data.condition, first.optimizer.learning_rate, latent.optimizer.learning_rate = kind, 0.1, 0.1
+        single = ["--config", write_config_file(first, folder / f"{kind}_ae.py")]
         commands[kind] = ["--config", write_config_file(latent, folder / f"{kind}_latent.py"),
                           "--decoder_config", single[1]]
         assert run_script(STAGE_1, *single).code == 0
@@ -82,10 +86,6 @@ def test_samples_follow_the_flag(runs, tmp_path):
 
 @pytest.mark.parametrize("script, more", [
     ("generate_recons", ["--num_samples=2"]),
-    ("inpaint", ["--num_samples=2"]),
-    ("super_resolution", ["--num_samples=2", "--input_img_size=16", "--sample_img_size=20"]),
-    ("inverse_problem", ["--num_samples=2", "--num_posterior_samples=2"]),
-    ("interpolate", ["--num_pairs=1", "--frames=3", "--directions=1"]),
 ])
 def test_applications_take_the_condition_of_each_image(runs, tmp_path, script, more):
     """Image 0 is held out of the cats, image 1 of the dogs; a condition that is given replaces theirs."""
@@ -101,13 +101,6 @@ def test_applications_take_the_condition_of_each_image(runs, tmp_path, script, m
     assert all(map(torch.equal, images[None], images["data"]))
     assert torch.equal(images["data"][0], images["cats"][0]) and not torch.equal(images["data"][-1], images["cats"][-1])
     assert not torch.equal(images["none"][0], images["cats"][0])
-
-
-def test_input_images_have_no_condition_of_their_own(runs, tmp_path):
-    command = ["experiments/inpaint.py", "--config", runs[1]["class"][3], "--input", runs[0] / "data" / "cats",
-               "--num_samples=1", "--sampling_steps=2"]
-    assert run_script(*command, "--output", tmp_path / "a").code == 0
-    assert "--condition=data needs held-out images" in only_line(run_script(*command, "--condition=data"))
 
 
 @pytest.mark.parametrize("more, line", [
@@ -168,3 +161,40 @@ def test_stage_2_refuses_images_with_other_conditions(runs, tmp_path):
     result = run_script(SAMPLES, *commands["class"], f"--decoder_config.data.root_dir={other}", "--output",
                         tmp_path / "s")
     assert "have other conditions than the model, which takes the classes cats, dogs" in only_line(result)
+
+
+def test_scores_and_report_of_each_class(runs, tmp_path):
+    command, samples = runs[1]["class"], tmp_path / "samples"
+    sample(command, samples, "--condition=data", count=12)
+    score = ["experiments/calculate_fid.py", "--config", command[3], "--samples", samples, "--per_condition",
+             "--feature_model=efficientnet_lite0", "--output", samples / "scores.json"]
+    result = run_script(*score)
+    assert result.code == 0, result.err
+    record = json.loads((samples / "scores.json").read_text())
+    counts = {name: (scores["count_a"], scores["count_b"]) for name, scores in record["per_condition"].items()}
+    assert counts == {"cats": (6, 40), "dogs": (6, 39)} and record["num_samples"] == 12
+    assert record["per_condition"]["cats"]["frechet"] != record["per_condition"]["dogs"]["frechet"]
+    assert "cats: " in result.out and "names the class of" in result.out
+    report = run_script("experiments/report.py", *command, "--folder", tmp_path, "--output", tmp_path / "r.html")
+    assert report.code == 0, report.err
+    assert "Samples of each class" in (tmp_path / "r.html").read_text()
+    sample(command, tmp_path / "few", "--condition=data", count=6)
+    assert "class 'cats' has 3 samples" in only_line(run_script(*score[:4], tmp_path / "few", *score[5:-2]))
+    plain = [*score[:-2], f"--config.run.output_dir={tmp_path}", "--config.data.condition=none"]
+    assert "--per_condition needs real images with classes" in only_line(run_script(*plain))
+
+
+def test_the_classifier_by_colour(tmp_path):
+    """Samples from elsewhere have the folder that they lie in as class; one of four is of the other colour."""
+    for folder, values in (("samples/dark", (50, 50, 51, 200)), ("samples/light", (200, 199, 201, 200)),
+                           ("real/dark", range(40, 60)), ("real/light", range(190, 210))):
+        (tmp_path / folder).mkdir(parents=True)
+        for i, value in enumerate(values):
+            Image.new("RGB", (16, 16), (value, 100, 100)).save(tmp_path / folder / f"{i:02d}.png")
+    cfg = config("folder", tmp_path / "real")
+    cfg.data.condition = "class"
+    train_set, heldout = build_dataset(cfg, True), build_dataset(cfg, False)
+    parts = by_class(SampleFolder(tmp_path / "samples"), [train_set, heldout])
+    assert {name: (len(part), sum(map(len, real))) for name, (part, real) in parts.items()} == {
+        "dark": (4, 20), "light": (4, 20)}
+    assert named_by_colour(parts, train_set, heldout) == {"samples": 7 / 8, "heldout": 1.0}
