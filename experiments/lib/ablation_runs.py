@@ -19,7 +19,7 @@ from diffusion.mollifier import GaussianMollifier
 from experiments.lib.image_folders import ImageFolder, SampleFolder
 from experiments.lib.sampling import TrainedAutoencoder
 from experiments.metrics.fid import MIN_IMAGES, compare
-from experiments.metrics.images import denoising_error, reconstruction_scores
+from experiments.metrics.images import denoising_errors, reconstruction_scores
 from models.build import build_decoder, build_encoder
 from utils import config
 from utils.device import ROOT, autocast
@@ -153,8 +153,8 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
     modules = torch.nn.ModuleDict({"encoder": autoencoder.encoder, "decoder": autoencoder.decoder})
     blur = GaussianMollifier(COMMON_BLUR, variant_config.data.img_size)
     with autocast(autoencoder.device, autoencoder.dtype):
-        error = denoising_error(modules, build_diffusion(variant_config), heldout, blur, EVALUATION_BATCH,
-                                autoencoder.device)
+        errors = denoising_errors(modules, build_diffusion(variant_config), heldout, blur, EVALUATION_BATCH,
+                                  autoencoder.device).tolist()
     folder = _decode(autoencoder, heldout)
     found = compare(SampleFolder(folder.path, folder.total), [heldout], feature_model,
                     Path(variant_config.run.output_dir) / "statistics")
@@ -162,7 +162,12 @@ def evaluate(variant_config, heldout, sampler, sampling_steps, feature_model):
     psnr = reconstruction_scores(originals, folder.load(), blur)["mollified_psnr"]
     metrics = read_metrics(config.run_dir(variant_config) / "metrics.jsonl")
     return {
-        "denoising_error": error, "psnr": psnr if variant_config.model.z_dim else None,
+        # In the last quarter x_t has almost no information about x_0: the estimate is the error of the prediction over
+        # sqrt(alpha_bar), which later steps of sampling correct.
+        "denoising_error": sum(errors[:3]) / 3, "denoising_errors": errors,
+        "validation_losses": next([line.get(f"validation_loss_q{i}") for i in range(1, 5)]
+                                  for line in reversed(metrics) if "validation_loss" in line),
+        "psnr": psnr if variant_config.model.z_dim else None,
         "score": feature_model.score_name, "frechet": found["frechet"], "kid": found["kid"],
         "kid_standard_error": found["kid_standard_error"],
         "num_decoded": folder.total, "steps": metrics[-1]["step"], "training_seconds": training_seconds(metrics),

@@ -16,9 +16,6 @@ from diffusion.sampling import UNGUIDED, encode, guided
 from utils import rng
 
 HIGHEST = 100.0  # dB; PSNR of equal images, so that every figure is finite
-# Fraction of the chain for denoising_error. Beyond it x_t carries almost no information about x_0, and an estimate from
-# predicted noise is mostly the network's error over sqrt(alpha_bar), which sampling corrects in later steps.
-STEPS_SHARE = 0.75
 
 
 def psnr(image, truth, where=None):
@@ -112,26 +109,27 @@ def log_slope(power, last):
 
 
 @torch.no_grad()
-def denoising_error(modules, diffusion, dataset, yardstick, batch_size=64, device="cpu"):
-    """Mean squared error of the estimate of x_0, blurred by `yardstick` (docs/method.md, 7.4).
+def denoising_errors(modules, diffusion, dataset, yardstick, batch_size=64, device="cpu"):
+    """Mean squared error of the estimate of x_0, blurred by `yardstick`, in each quarter of the chain (docs/method.md,
+    7.4): float [4], least noise first.
 
     Unlike training losses, it is comparable between mollifiers and parameterisations, whose targets have different
-    units. Image i of N is noised on all pixels at step i · T' // N, T' the first STEPS_SHARE of the chain; its noise xi
-    is always the same. The estimate of T x_0 is clipped and sharpened as at the end of sampling.
+    units. Image i of N is noised on all pixels at step i · num_steps // N; its noise xi is always the same. The
+    estimate of T x_0 is clipped and sharpened as at the end of sampling.
     modules     {"encoder", "decoder"} in eval mode
     yardstick   GaussianMollifier, the same for all models that are compared
     """
-    errors, last = [], int(STEPS_SHARE * diffusion.num_steps)
+    errors = []
     for images, index, condition in all_batches(dataset, batch_size, device):
         coords = Coordinates.full(len(images), images.shape[-2:], device)
         z = encode(modules["encoder"], images)
-        t = index.to(device) * last // len(dataset)
+        t = index.to(device) * diffusion.num_steps // len(dataset)
         noise = rng.randn(images.shape, rng.sample_generators(device, index, "denoising error"), device)
         network = guided(modules["decoder"], condition, UNGUIDED)
         denoise = diffusion.denoiser(lambda x, time, z=z, coords=coords, f=network: f(x, time, z, coords), coords)
         estimate = diffusion.mollifier.sharpen(denoise(diffusion.q_sample(images, t, noise), t)).clamp(-1, 1)
         errors.append(yardstick.blur(estimate - images).square().flatten(1).mean(1))
-    return torch.cat(errors).mean().item()
+    return torch.stack([quarter.mean() for quarter in torch.cat(errors).tensor_split(4)])
 
 
 class Nearest(NamedTuple):
