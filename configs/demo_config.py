@@ -30,6 +30,7 @@ def get_config():
     config.model.uno_blocks_per_level = (1, 1, 1)
     config.model.uno_attn_resolutions = (8,)
     config.model.uno_dropout = 0.0
+    config.model.operator = "consistent"  # all pixels mean what subsets do (docs/ablations.md)
     config.model.z_dim = 128
     config.diffusion.noise_schedule = "linear"  # with cosine, few steps have enough noise to need z
     config.diffusion.model_mean_type = "xstart"  # weights high noise most, where z is learnt

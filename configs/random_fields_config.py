@@ -17,6 +17,7 @@ def get_config():
     config.data.channels = 1
     config.train.max_steps = 1500
     config.train.sample_size = 16
+    config.model.operator = "paper"
     config.model.z_dim = 64
     config.diffusion.noise_schedule = "cosine"
     config.diffusion.model_mean_type = "mollified_epsilon"
