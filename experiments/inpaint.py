@@ -43,7 +43,7 @@ JUMPS = flags.DEFINE_integer("jumps", 0, "repetitions of each step, each after f
 def main():
     cfg = config.read_trained_autoencoder_config(APPLICATION.config)
     autoencoder = APPLICATION.load(cfg, FIRST_ORDER[cfg.diffusion.objective])
-    images, origin = APPLICATION.read_images(cfg, APPLICATION.count.value)
+    images, origin = APPLICATION.read_images(autoencoder, APPLICATION.count.value)
     total, _, *size = images.shape
     known = make_masks(MASK.value, size, range(total), cfg.run.seed, **reading(cfg.data))
     if known.flatten(1).sum(1).min() < cfg.model.knn_neighbours:
@@ -61,7 +61,7 @@ def main():
         truth, mask = to_float(images[indices]).to(autoencoder.device), known[indices].to(autoencoder.device)
         constraint = Constraint(Mask(mask), mask * truth, autoencoder.diffusion.mollifier)
         z = draw_latents(indices) if draw_latents else autoencoder.encode(truth, mask)
-        generated = inpaint(autoencoder, z, constraint, size, autoencoder.generators(indices, "inpainting"), progress)
+        generated = inpaint(autoencoder, z, constraint, indices, progress)
         results.save(indices, {"originals": truth, "masked": torch.where(mask, truth, 1.0), "generated": generated,
                                "results": constraint.enforce(generated)})
 
@@ -74,15 +74,16 @@ def main():
           f"images in {results.output}")
 
 
-def inpaint(autoencoder, z, constraint, size, generators, progress):
-    """Samples [B, C, H, W] for latents z, guided towards the constraint."""
-    diffusion = autoencoder.diffusion
+def inpaint(autoencoder, z, constraint, indices, progress):
+    """Samples [B, C, H, W] of the images `indices`, for latents z, guided towards the constraint."""
+    diffusion, generators = autoencoder.diffusion, autoencoder.generators(indices, "inpainting")
 
     def path(denoise, x):
         return guided_ddim(denoise, x, diffusion.schedule, constraint, GUIDANCE.value, LIMITED.value,
                            CONSISTENCY.value, JUMPS.value, generators, diffusion.mollifier.noise_like)
 
-    return autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
+    return autoencoder.decode(z, constraint.data.shape[-2:], generators=generators, progress=progress, path=path,
+                              condition=autoencoder.condition(indices))
 
 
 def score(folders, known):

@@ -48,9 +48,11 @@ def main():
     autoencoder = APPLICATION.load(cfg)
     if samples:
         images, origin, pairs = None, {}, PAIRS.value
+        if autoencoder.from_data:
+            autoencoder.use_data(build_dataset(cfg, train=False))
         size = parse_image_size(APPLICATION.size.value, cfg.data.img_size)
     else:
-        images, origin = APPLICATION.read_images(cfg, 2 * PAIRS.value)
+        images, origin = APPLICATION.read_images(autoencoder, 2 * PAIRS.value)
         size, pairs = tuple(images.shape[-2:]), len(images) // 2
     if pairs == 0:
         raise UserError("a path needs two images, and there is only one; give more")
@@ -67,7 +69,7 @@ def main():
     folders = results.folders
 
     principal = principal_directions(encode_first(autoencoder, train_set, ENCODINGS.value), DIRECTIONS.value)
-    ends = []  # (z [Z], first state [C, H, W]) of each image or sample
+    ends = []  # (z [Z], first state [C, H, W], index) of each image or sample
     for index in tqdm(torch.arange(2 * pairs).split(cfg.train.sample_size), desc="ends", unit="batch"):
         if samples:
             z, batch = draw_latents(index), torch.empty(len(index), cfg.data.channels, *size, device=autoencoder.device)
@@ -76,15 +78,18 @@ def main():
             z = autoencoder.encode(batch)
             folders["originals"].save(index.tolist(), batch)
         if start == "invert":
-            x = autoencoder.invert(batch, z)
+            x = autoencoder.invert(batch, z, autoencoder.condition(index))
         else:
             x = autoencoder.diffusion.mollifier.noise_like(batch, autoencoder.generators(index, "image"))
-        ends += zip(z, x, strict=True)
+        ends += zip(z, x, index, strict=True)
     firsts, lasts = ends[::2], ends[1::2]
-    paths = {"frames": [(between(z_a, z_b, FRAMES.value, principal.mean), between(x_a, x_b, FRAMES.value))
-                        for (z_a, x_a), (z_b, x_b) in zip(firsts, lasts, strict=True)],
-             "directions": [(along(z, std * direction, REACH.value, FRAMES.value), x.expand(FRAMES.value, *x.shape))
-                            for z, x in firsts
+    second_half = torch.arange(FRAMES.value) >= FRAMES.value / 2  # has the condition of the end
+    paths = {"frames": [(between(z_a, z_b, FRAMES.value, principal.mean), between(x_a, x_b, FRAMES.value),
+                         torch.where(second_half, b, a))
+                        for (z_a, x_a, a), (z_b, x_b, b) in zip(firsts, lasts, strict=True)],
+             "directions": [(along(z, std * direction, REACH.value, FRAMES.value), x.expand(FRAMES.value, *x.shape),
+                             index.expand(FRAMES.value))
+                            for z, x, index in firsts
                             for direction, std in zip(principal.directions, principal.std, strict=True)]}
     for name, walks in paths.items():
         if walks:

@@ -49,9 +49,11 @@ def main():
             raise UserError(f"--sampler={APPLICATION.sampler.value} does not apply to --rule=guidance; leave it out")
         sampler = FIRST_ORDER[cfg.diffusion.objective]
     autoencoder = APPLICATION.load(cfg, sampler)
-    images, origin = APPLICATION.read_images(cfg, APPLICATION.count.value)
+    images, origin = APPLICATION.read_images(autoencoder, APPLICATION.count.value)
     total, *image_shape = images.shape
     size, count = image_shape[1:], POSTERIOR_SAMPLES.value
+    if autoencoder.given is not None:
+        autoencoder.given = autoencoder.given.repeat_interleave(count, dim=0)  # in the order of all samples
     autoencoder.check_size(size)
     build_operator(OPERATOR.value, image_shape, NOISE.value, cfg.run.seed, 0, autoencoder.device)  # mistakes show here
     draw_latents, latent_model = APPLICATION.latent_sampler(autoencoder)
@@ -105,8 +107,8 @@ def solve(autoencoder, z, operator, data, spectrum, size, index, progress):
     indices = range(index * len(z), (index + 1) * len(z))
     at_once = images_at_once(autoencoder.cfg.train.sample_size, size, autoencoder.max_points)
     for first in range(0, len(z), at_once):
-        latents = z[first:first + at_once]
-        generators = autoencoder.generators(indices[first:first + at_once], "posterior")
+        latents, part = z[first:first + at_once], indices[first:first + at_once]
+        generators = autoencoder.generators(part, "posterior")
         repeated = data.expand(len(latents), *data.shape[1:])
 
         def path(denoise, x, repeated=repeated, generators=generators):
@@ -118,7 +120,8 @@ def solve(autoencoder, z, operator, data, spectrum, size, index, progress):
 
         share = len(latents) / len(z)
         samples.append(autoencoder.decode(latents, size, generators=generators, path=path,
-                                          progress=lambda done, share=share: progress(done * share)))
+                                          progress=lambda done, share=share: progress(done * share),
+                                          condition=autoencoder.condition(part)))
     return torch.cat(samples)
 
 

@@ -51,7 +51,7 @@ def main():
     check_encoder(cfg)
     check_flags(cfg)
     autoencoder = APPLICATION.load(cfg)
-    small, truth, size, origin = read_inputs(cfg)
+    small, truth, size, origin = read_inputs(autoencoder)
     input_size, total = list(small.shape[-2:]), len(small)
     autoencoder.check_size(size)
     weights = {"decoded": 0.0, "consistent": CONSISTENCY.value} if CONSISTENCY.value else {"decoded": 0.0}
@@ -68,8 +68,7 @@ def main():
         images = {"inputs": inputs, **interpolations(small[indices], size, constraint)}
         z = autoencoder.encode(inputs)
         for name, weight in weights.items():
-            generators = autoencoder.generators(indices, "super-resolution")
-            images[name] = enlarge(autoencoder, z, constraint, weight, size, generators, progress)
+            images[name] = enlarge(autoencoder, z, constraint, weight, size, indices, progress)
         if truth is not None:
             images["truth"] = to_float(truth[indices])
         results.save(indices, images)
@@ -93,18 +92,18 @@ def check_flags(cfg):
                         "keep their size; leave it out")
 
 
-def read_inputs(cfg):
+def read_inputs(autoencoder):
     """(inputs uint8 [N, C, h, w], truth uint8 [N, C, H, W] or None, (H, W), origin of the images as plain data).
 
     The images of --input have no truth. Held-out images are the truth of inputs made from them by Downsampling.
     """
-    count, folder = APPLICATION.count.value, APPLICATION.input.value
+    cfg, count, folder = autoencoder.cfg, APPLICATION.count.value, APPLICATION.input.value
     if folder is not None:
         inputs, origin = folder_images(cfg, folder, count)
         return inputs, None, result_size(inputs.shape[-2:]), origin
     input_size = parse_image_size(INPUT_SIZE.value, cfg.data.img_size, INPUT_SIZE.name)
     size = result_size(input_size)
-    truth, origin = heldout_images(cfg, size, count)
+    truth, origin = heldout_images(cfg, size, count, autoencoder)
     return to_uint8(Downsampling(size, input_size).A(to_float(truth))), truth, size, origin
 
 
@@ -121,13 +120,17 @@ def result_size(input_size):
     return size
 
 
-def enlarge(autoencoder, z, constraint, weight, size, generators, progress):
-    """Samples [B, C, H, W] for latents z; unless weight is 0, they and their estimates meet the constraint."""
+def enlarge(autoencoder, z, constraint, weight, size, indices, progress):
+    """Samples [B, C, H, W] of the images `indices`, for latents z. Unless weight is 0, they and their estimates meet
+    the constraint."""
+    generators = autoencoder.generators(indices, "super-resolution")
+
     def path(denoise, x):
         denoise = Consistent(denoise, constraint, weight) if weight else denoise
         return sample(denoise, x, autoencoder.diffusion, generators, ETA.value)
 
-    images = autoencoder.decode(z, size, generators=generators, progress=progress, path=path)
+    images = autoencoder.decode(z, size, generators=generators, progress=progress, path=path,
+                                condition=autoencoder.condition(indices))
     return constraint.enforce(images) if weight else images
 
 

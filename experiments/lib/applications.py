@@ -14,6 +14,7 @@ from experiments.lib.plots import save_grid
 from experiments.lib.sampling import (
     TrainedAutoencoder,
     arrays_flag,
+    condition_flags,
     inv_snr_flag,
     latent_source,
     max_points_flag,
@@ -49,6 +50,7 @@ class Application:
         self.input = flags.DEFINE_string("input", None, "folder of images of one size, instead of held-out images")
         self.count = count and flags.DEFINE_integer("num_samples", count, "largest number of images", lower_bound=1)
         self.inv_snr, self.max_points, self.arrays = inv_snr_flag(), max_points_flag(), arrays_flag()
+        self.control = condition_flags()
         self.output = flags.DEFINE_string("output", None, f"folder for the results; default: one in {name}/")
 
     def load(self, cfg, sampler=None):
@@ -59,15 +61,17 @@ class Application:
         if sampler is None and self.sampler is not None:
             sampler = self.sampler.value
         autoencoder = TrainedAutoencoder(cfg, self.steps.value, sampler, self.max_points.value,
-                                         inv_snr=self.inv_snr.value)
+                                         inv_snr=self.inv_snr.value, control=self.control,
+                                         has_data=self.input.value is None)
         autoencoder.decoder.requires_grad_(False)
         return autoencoder
 
-    def read_images(self, cfg, count):
-        """(uint8 [N, C, H, W], their origin as plain data): at most `count` held-out images or, with --input, the
-        images of that folder as they are."""
+    def read_images(self, autoencoder, count):
+        """(uint8 [N, C, H, W], their origin as plain data): at most `count` held-out images, whose conditions the
+        TrainedAutoencoder then uses, or, with --input, the images of that folder as they are."""
+        cfg = autoencoder.cfg
         if self.input.value is None:
-            return heldout_images(cfg, parse_image_size(self.size.value, cfg.data.img_size), count)
+            return heldout_images(cfg, parse_image_size(self.size.value, cfg.data.img_size), count, autoencoder)
         if self.size.value is not None:
             raise UserError(f"--sample_img_size={self.size.value} applies to held-out images only, and images of "
                             "--input keep their size; leave it out")
@@ -91,7 +95,8 @@ class Application:
         output = Path(self.output.value or f"{self.name}/{cfg.run.experiment}{suffix}")
         return Results(output, counts, {
             **settings, "sampler": autoencoder.sampler, "steps": autoencoder.steps, "seed": cfg.run.seed,
-            "inv_snr": self.inv_snr.value, "decoder": autoencoder.identity}, cfg.run.experiment, self.arrays.value)
+            "inv_snr": self.inv_snr.value, "decoder": autoencoder.identity, **autoencoder.settings},
+            cfg.run.experiment, self.arrays.value)
 
 
 class Results:

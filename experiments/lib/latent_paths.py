@@ -74,13 +74,15 @@ def along(z, direction, reach, count):
 def render(folder, paths, autoencoder):
     """Fill an ImageFolder with the images of all paths, one after another, by a TrainedAutoencoder.
 
-    paths    list of (z [F, Z], x [F, C, H, W]): latents, and first states of the chain
+    paths    list of (z [F, Z], x [F, C, H, W], int64 [F]): latents, first states of the chain, and the images or
+             samples whose conditions they take
     """
     points = [point for path in paths for point in zip(*path, strict=True)]
     for indices, progress in folder.missing_batches(autoencoder.cfg.train.sample_size, autoencoder.steps):
-        z, x = (torch.stack(parts) for parts in zip(*(points[i] for i in indices), strict=True))
-        folder.save(indices, autoencoder.decode(z, x.shape[-2:], progress=progress, path=lambda denoise, _, x=x: sample(
-            denoise, x, autoencoder.diffusion)))
+        z, x, images = (torch.stack(parts) for parts in zip(*(points[i] for i in indices), strict=True))
+        folder.save(indices, autoencoder.decode(
+            z, x.shape[-2:], progress=progress, condition=autoencoder.condition(images),
+            path=lambda denoise, _, x=x: sample(denoise, x, autoencoder.diffusion)))
 
 
 def show(folder, labels, columns, before=None, after=None):

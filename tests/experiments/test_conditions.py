@@ -86,6 +86,12 @@ def test_samples_follow_the_flag(runs, tmp_path):
 
 @pytest.mark.parametrize("script, more", [
     ("generate_recons", ["--num_samples=2"]),
+    pytest.param("inpaint", ["--num_samples=2"], marks=pytest.mark.slow),
+    pytest.param("super_resolution", ["--num_samples=2", "--input_img_size=16",
+                                     "--sample_img_size=20"], marks=pytest.mark.slow),
+    pytest.param("interpolate", ["--num_pairs=1", "--frames=2", "--directions=0", "--encodings=8"],
+                 marks=pytest.mark.slow),
+    pytest.param("inverse_problem", ["--num_samples=2", "--num_posterior_samples=2"], marks=pytest.mark.slow),
 ])
 def test_applications_take_the_condition_of_each_image(runs, tmp_path, script, more):
     """Image 0 is held out of the cats, image 1 of the dogs; a condition that is given replaces theirs."""
