@@ -41,8 +41,11 @@ def denoising_terms(modules, diffusion, cfg, images, t, stream, condition=None):
                                   stream(purpose), images.device)
 
     seen = subset("encoder coordinates")
-    encoding = modules["encoder"](seen.gather(images), seen, stream("stochastic encoding"))
-    z, *posterior = encoding if cfg.model.stochastic_encoding else [encoding]
+    if cfg.model.stochastic_encoding:
+        drawn = rng.randn((len(images), cfg.model.z_dim), stream("stochastic encoding"), images.device)
+        z, *posterior = modules["encoder"](seen.gather(images), seen, drawn)
+    else:
+        z, posterior = modules["encoder"](seen.gather(images), seen), None
     coords = subset("decoder coordinates")
     noise = rng.randn(images.shape, stream("noise"), images.device)
     terms = diffusion.training_losses(lambda values, time: modules["decoder"](values, time, z, coords,

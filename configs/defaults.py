@@ -44,7 +44,7 @@ def autoencoder_config(img_size):
     train.allow_other_data = False  # continue a run on other data than it was trained on
     train.amp = True
     train.precision = "auto"  # auto, bf16, fp16, fp32; amp=False means fp32
-    train.compile = False
+    train.compile = FieldReference("auto", field_type=object)  # auto (on a GPU), True, False
     train.deterministic = False  # PyTorch's deterministic algorithms, slower on a GPU
     train.checkpoint_activations = False  # activation checkpointing: less memory, a third more time
     train.batch_size = 16  # images per update, over all ranks
@@ -142,7 +142,7 @@ def latent_config():
     train.allow_other_data = False  # continue a run on other data than it was trained on
     train.amp = True
     train.precision = "auto"
-    train.compile = False
+    train.compile = FieldReference("auto", field_type=object)
     train.deterministic = False  # PyTorch's deterministic algorithms, slower on a GPU
     train.batch_size = 256
     train.accumulation_steps = 1

@@ -6,7 +6,6 @@ from torch import nn
 from models.blocks import ConditionEmbedding, Conditioning, FiLM, TimeEmbedding
 from models.interpolation import grid_to_points, knn_to_grid
 from models.large_images import in_parts
-from utils.rng import randn
 
 
 class SparseUNet(nn.Module):
@@ -93,10 +92,10 @@ class SparseEncoder(nn.Module):
         self.linear_grid = nn.Linear(grid_down.spec.widths[-1], z_dim)
         self.linear_out = nn.Linear(z_dim, 2 * z_dim if stochastic else z_dim)
 
-    def forward(self, values, coords, generator=None, max_points=None):
+    def forward(self, values, coords, noise=None, max_points=None):
         """values [B, L, C] -> z [B, Z], or (z, mu, logvar) if stochastic, in the dtype of values. In eval mode z = mu.
 
-        generator   one torch.Generator, or a list of one per image, that z is drawn from (utils.rng)
+        noise       standard normal draws [B, Z] that z is made from; drawn if None
         max_points  as for SparseUNet
         """
         x, _ = self.points_to_grid(values, coords, max_points=max_points)
@@ -107,14 +106,14 @@ class SparseEncoder(nn.Module):
         mu, logvar = out.chunk(2, dim=1)
         if not self.training:
             return mu, mu, logvar
-        noise = randn(mu.shape, generator, mu.device).to(mu.dtype)
+        noise = torch.randn_like(mu) if noise is None else noise
         return mu + (logvar / 2).exp() * noise, mu, logvar
 
 
 class NoEncoder(nn.Module):
     """Stands in for the encoder if model.z_dim is 0: the latent of every image is empty."""
 
-    def forward(self, values, coords, generator=None, max_points=None):
+    def forward(self, values, coords, noise=None, max_points=None):
         """values [B, L, C] -> [B, 0]."""
         return values.new_zeros(len(values), 0)
 

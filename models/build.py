@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch._functorch.config as functorch
 from torch import nn
 
 from models.autoencoder import NoEncoder, PointsToGrid, SparseEncoder, SparseUNet
@@ -64,11 +63,8 @@ def build_latent_model(config, conditions=None):
     model = config.model
     _check(model.z_dim >= 1, model, "z_dim", "must be at least 1; an autoencoder without an encoder has no latents")
     _check_even(model, "time_embed_dim")
-    network = MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout,
-                         jumps=config.diffusion.objective == "few_step", conditions=conditions)
-    if config.train.compile:
-        network.compile()
-    return network
+    return MLPSkipNet(model.z_dim, model.hid_channels, model.num_layers, model.time_embed_dim, model.dropout,
+                      jumps=config.diffusion.objective == "few_step", conditions=conditions)
 
 
 def preserve_variance(network):
@@ -95,16 +91,10 @@ def _fan_in(layer):
 
 
 def _prepared(config, network):
-    """The network, with the activation checkpointing and the compilation of config.train."""
-    if config.train.checkpoint_activations:
-        for module in network.modules():
-            if isinstance(module, (SparseBlock, Stage)):  # they hold nearly all of the memory
-                module.checkpoint_activations = True
-        if config.train.compile and hasattr(functorch, "graphsafe_rng_functionalization"):
-            # It seeds dropout once per process and not at every step, so that a resumed run would drop other features.
-            functorch.graphsafe_rng_functionalization = False
-    if config.train.compile:
-        network.compile()  # in place, so that names of parameters stay as they are
+    """The network, with the activation checkpointing of config.train."""
+    for module in network.modules():
+        if isinstance(module, (SparseBlock, Stage)):  # they hold nearly all of the memory
+            module.checkpoint_activations = config.train.checkpoint_activations
     return network
 
 

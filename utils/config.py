@@ -39,6 +39,7 @@ ONE_OF = {
     "train.nonfinite": ("stop", "skip"),
     "data.condition": ("none", "class", "vector"),
     "model.condition": ("both", "decoder", "latent"),
+    "train.compile": ("auto", True, False),
     "diffusion.objective": ("ddpm", "flow", "few_step"),
     "diffusion.noise_schedule": ("cosine", "linear", "shifted_cosine", "const0.008"),
     "diffusion.schedule_sampler": ("uniform", "loss-second-moment"),
@@ -201,7 +202,10 @@ def _check(config, defaults, flag_name):
         if default is None:
             near = difflib.get_close_matches(name, [known for known, _ in _leaves(defaults)], n=1)
             raise UserError(f"{where} is not a known field" + (f"; did you mean {near[0]}?" if near else ""))
-        if not _same_type(value, default):
+        if name in ONE_OF:
+            if value not in ONE_OF[name]:
+                raise UserError(f"{where} must be one of {', '.join(map(str, ONE_OF[name]))}")
+        elif not _same_type(value, default):
             kind = "tuple of int" if isinstance(default, tuple) else type(default).__name__
             raise UserError(f"{where} must be of type {kind}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -211,8 +215,6 @@ def _check(config, defaults, flag_name):
             raise UserError(f"{where} must be at least {least}")
         if name in BELOW and not value < BELOW[name]:
             raise UserError(f"{where} must be below {BELOW[name]}")
-        if name in ONE_OF and value not in ONE_OF[name]:
-            raise UserError(f"{where} must be one of {', '.join(map(str, ONE_OF[name]))}")
     missing = [name for name, _ in _leaves(defaults) if isinstance(_lookup(config, name), (ConfigDict, type(None)))]
     if missing:
         raise UserError(f"--{flag_name} lacks {missing[0]}; start from a function of configs/defaults.py")

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import importlib.util
+import logging
 import os
 import platform
 import subprocess
@@ -11,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from utils import distributed
 from utils.errors import UserError
@@ -36,11 +39,15 @@ def resolve_device(name):
         raise UserError(f"run.device={name!r} must be auto, cpu, cuda or cuda:<number>")
     if device.type == "cpu":
         _keep_freed_memory()
-    elif (device.index or 0) >= torch.cuda.device_count():
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"run.device={name!r} is not on this machine ({torch.cuda.device_count()} GPUs found); "
                         "use run.device=auto, and at most as many processes as GPUs")
-    elif device.index is not None:
+    if device.index is not None:
         torch.cuda.set_device(device)  # the default of streams, kernels and new buffers
+    torch.backends.cudnn.benchmark = True
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions
     return device
 
 
@@ -82,6 +89,7 @@ def _cpu_has_bf16():
 def use_deterministic_algorithms():
     """Switch to PyTorch's deterministic algorithms. It warns of an operation that has none on this device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.backends.cudnn.benchmark = False  # it may choose another algorithm in every run
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -90,6 +98,97 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+class _Cast(torch.autograd.Function):
+    """(dtype, *weights) -> weights in that dtype; the gradients arrive in the dtype of the weights."""
+
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        return tuple(_cast(weights, dtype))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        full = iter(_cast([gradient for gradient in gradients if gradient is not None], ctx.dtype))
+        return None, *(gradient if gradient is None else next(full) for gradient in gradients)
+
+
+def _cast(tensors, dtype):
+    """Copies of all tensors in a dtype, by a few kernels for all of them."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def in_training(network, dtype, compiled):
+    """The network as a function of its inputs, as training calls it: compiled whole, and with half-precision weights.
+
+    Autocast would cast the weight and the bias of every Linear and convolution layer by a kernel of its own, and their
+    gradients. Here each call casts all of them at once, with the same results. They are cast in the call, and not
+    earlier, so that the gradients of one network are averaged over the ranks while another's are computed.
+    """
+    function = _compiled(network) if compiled else network
+    places = [(layer._parameters, name) for layer in network.modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+              for name, weight in layer._parameters.items() if weight is not None]
+    if dtype == torch.float32 or not places:
+        return function
+
+    def call(*arguments):
+        weights = [parameters[name] for parameters, name in places]
+        _set(places, _Cast.apply(dtype, *weights))
+        try:
+            return function(*arguments)
+        finally:
+            _set(places, weights)
+
+    return call
+
+
+def _set(places, tensors):
+    for (parameters, name), tensor in zip(places, tensors, strict=True):
+        parameters[name] = tensor
+
+
+def _compiled(network):
+    from torch._dynamo import config as dynamo  # imported on demand: it takes a second
+    from torch._functorch import config as functorch
+
+    for config, option, value in (
+            (dynamo, "optimize_ddp", False),  # it would cut the graph into the buckets of gradients
+            # With activation checkpointing, the forward pass alone caches the geometry of the coordinates.
+            (dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint", True),
+            # It seeds dropout once per process and not at every step, so that a resumed run would drop other features.
+            (functorch, "graphsafe_rng_functionalization", False)):
+        if hasattr(config, option):  # older versions of PyTorch lack some
+            setattr(config, option, value)
+    return torch.compile(network, fullgraph=True, dynamic=False)
+
+
+def resolve_compile(train, device):
+    """Whether to compile the networks: train.compile; auto means on a GPU on which Triton can start kernels."""
+    return device.type == "cuda" and not triton_problem() if train.compile == "auto" else train.compile
+
+
+@functools.cache
+def triton_problem():
+    """Why Triton cannot start kernels here and what to do; "" if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with PyTorch for Linux); use model.backend=auto"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU; use model.backend=auto"
+    from triton.runtime import driver  # imported on demand: Triton may be missing
+
+    try:
+        driver.active.utils  # noqa: B018  # compiles a part of Triton when it is first read
+    except (AssertionError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # it raises all of these
+        problem = (f"Triton cannot start kernels ({' '.join(str(error).split())[:100]}); it needs libcuda.so, a C "
+                   "compiler and Python's headers (Debian: gcc, python3-dev)")
+        logging.warning("%s. Until then the slower torch_dense is used", problem)
+        return problem
+    return ""
 
 
 def peak_memory_gb(device):

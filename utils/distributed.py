@@ -6,7 +6,6 @@ each rank waits there for the others, at most TIMEOUT.
 
 import contextlib
 import datetime
-import functools
 import itertools
 import json
 import os
@@ -96,9 +95,9 @@ def leave(code=0):
 
 
 def data_parallel(loss, modules):
-    """loss(modules, ...) as a function of the other arguments, with gradients averaged over all ranks in backward."""
+    """The function `loss`, which uses the parameters of `modules`; backward averages gradients over all ranks."""
     if not _store:
-        return functools.partial(loss, modules)
+        return loss
     return nn.parallel.DistributedDataParallel(_Bound(loss, modules), gradient_as_bucket_view=True)
 
 
@@ -108,7 +107,7 @@ class _Bound(nn.Module):
         self.loss, self.trained = loss, modules
 
     def forward(self, *arguments):
-        return self.loss(self.trained, *arguments)
+        return self.loss(*arguments)
 
 
 def no_sync(loss, enabled):

@@ -10,7 +10,14 @@ from tqdm import tqdm
 from utils import distributed, rng
 from utils.checkpoint import CheckpointFolder, check_same_architecture, load_weights, to_host
 from utils.config import changed_fields, run_dir
-from utils.device import autocast, peak_memory_gb, resolve_dtype, use_deterministic_algorithms
+from utils.device import (
+    autocast,
+    in_training,
+    peak_memory_gb,
+    resolve_compile,
+    resolve_dtype,
+    use_deterministic_algorithms,
+)
 from utils.errors import UserError
 from utils.files import check_writable, remove_leftovers, try_lock, write_json
 from utils.logging import RunLog, evaluated, read_metrics
@@ -24,7 +31,8 @@ class Trainer:
     config      the whole config; sections run, train and optimizer act here
     kind        "autoencoder" or "latent", recorded in the checkpoint
     modules     nn.ModuleDict of everything that is trained
-    loss        (modules, batch, step) -> {"loss": scalar mean over the batch, ...}; further scalars are logged
+    loss        (networks, batch, step) -> {"loss": scalar mean over the batch, ...}; further scalars are logged.
+                networks holds functions, utils.device.in_training of each entry of modules
     state       {name: object with state_dict() and load_state_dict()} that the checkpoint must hold as well
     after_step  called after every step
     facts       plain data for readers of the checkpoint, for example latent statistics; may be filled until train()
@@ -48,12 +56,15 @@ class Trainer:
         if train.deterministic:
             use_deterministic_algorithms()
         self.modules = modules.to(device).train()
-        self.loss = distributed.data_parallel(loss, self.modules)
         self.state, self.after_step = state or {}, after_step
         self.facts, self.source, self.best, self.best_from = facts or {}, source, best, best_from
         self.folder = run_dir(config)
         self.checkpoints = CheckpointFolder(self.folder, filename, train.keep_checkpoints)
-        self.dtype = resolve_dtype(train, device)
+        self.dtype, compiled = resolve_dtype(train, device), resolve_compile(train, device)
+        if compiled:
+            logging.info("compiling the networks, for minutes at the first step (train.compile=%s)", train.compile)
+        networks = {name: in_training(network, self.dtype, compiled) for name, network in self.modules.items()}
+        self.loss = distributed.data_parallel(functools.partial(loss, networks), self.modules)
         self.ema = EMA(self.modules, train.ema_decay, train.ema_update_every)
         self.optimiser = Optimiser(config, self.modules, device, self.dtype)
         self.step = 0

@@ -6,6 +6,7 @@ The images of a folder, or the held-out ones of a config, also serve as inputs o
 import functools
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from utils.files import check_writable, read_json, replacing, write_json
 from utils.images import save_png, to_uint8
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+
+PNG_THREADS = 8
 
 
 class ImageFolder:
@@ -77,11 +80,15 @@ class ImageFolder:
         if not images.isfinite().all():
             raise FloatingPointError(f"{self.path}: images {indices[0]} to {indices[-1]} have values that are not "
                                      "finite; sample with train.precision=fp32")
-        for index, image, array in zip(indices, images, images if arrays is None else arrays, strict=True):
+
+        def write(index, image, array):
             if self.arrays:
                 with replacing(self.file(index).with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
                     np.save(file, array.float().cpu().numpy())
-            save_png(to_uint8(image), self.file(index))
+            save_png(image, self.file(index))
+
+        with ThreadPoolExecutor(PNG_THREADS) as pool:  # compressing 256² pixels takes 20 ms, without Python's lock
+            list(pool.map(write, indices, to_uint8(images), images if arrays is None else arrays))
 
     def holds(self, index):
         """True if all files of image `index` are there, and the PNG is undamaged."""

@@ -27,6 +27,7 @@ from utils.errors import UserError
 
 MAX_SIDE = 2**16  # pixels of an image of which a window is sampled
 MAX_PIXELS = 2**26  # of an image or window: their features take about 120 GB in a model of the paper's size
+LATENTS = 256  # drawn at a time: their network is small, and as slow on a GPU for 16
 MAX_POINTS = 2**20  # 3 GB with 64 features in float32
 
 
@@ -330,12 +331,20 @@ def make_samples(cfg, decoder_cfg, options, total, output=None, window=None, arr
         settings |= made
 
     folder = ImageFolder(output or f"samples/{name}", total or own.data.fid_samples, settings, arrays=arrays)
-    for indices, progress in folder.missing_batches(own.train.sample_size, autoencoder.steps):
-        generators = autoencoder.generators(indices, "image")
-        folder.save(indices, autoencoder.decode(draw_latents(indices), size, eta=options.eta.value, progress=progress,
-                                                generators=generators, condition=autoencoder.condition(indices),
-                                                **draw))
+    at_once = own.train.sample_size
+    for indices, progress in folder.missing_batches(max(LATENTS, at_once), autoencoder.steps):
+        latents = draw_latents(indices)
+        for first in range(0, len(indices), at_once):
+            part, z = indices[first:first + at_once], latents[first:first + at_once]
+            folder.save(part, autoencoder.decode(
+                z, size, eta=options.eta.value, generators=autoencoder.generators(part, "image"),
+                progress=functools.partial(_advance, progress, len(part) / len(indices)),
+                condition=autoencoder.condition(part), **draw))
     return folder
+
+
+def _advance(progress, share, evaluations):
+    progress(share * evaluations)
 
 
 def parse_image_size(text, default, flag="sample_img_size", whole=True):

@@ -6,17 +6,14 @@ weights are multiplied by tensor cores, in the half precision of the features or
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, in Python: for tests.
 """
 
-import functools
-import importlib.util
-import logging
 import math
 import os
-import subprocess
 
 import torch
 import torch.nn.functional as F
 
 from models.kernels.operators import define_nearest_pixels, define_neighbour_sum
+from utils.device import triton_problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -28,25 +25,9 @@ REACH = 7  # the search for nearest pixels reads the window of so many pixels on
 PIXELS = 256  # pixels read at a time where that is too few, and the whole image is searched
 
 
-@functools.cache
 def unavailable_reason(depthwise):
     """Why the kernels cannot be used here and what to do; "" if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it comes with PyTorch for Linux); use model.backend=auto"
-    if INTERPRETED:
-        return ""
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU; use model.backend=auto"
-    from triton.runtime import driver  # imported on demand: Triton may be missing
-
-    try:
-        driver.active.utils  # noqa: B018  # compiles a part of Triton when it is first read
-    except (AssertionError, RuntimeError, OSError, subprocess.CalledProcessError) as error:  # it raises all of these
-        problem = (f"Triton cannot start kernels ({' '.join(str(error).split())[:100]}); it needs libcuda.so, a C "
-                   "compiler and Python's headers (Debian: gcc, python3-dev)")
-        logging.warning("%s. Until then the slower torch_dense is used", problem)
-        return problem
-    return ""
+    return "" if INTERPRETED else triton_problem()
 
 
 def neighbour_sum(features, weight, coords):

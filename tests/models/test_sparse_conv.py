@@ -12,6 +12,7 @@ from models.kernels import BACKENDS, cpu, gpu, spconv
 from models.sparse_conv import available_backends, neighbour_counts, resolve_backend, sparse_conv
 from tests.models.operator import check_against_loops, check_second_derivatives, draw, results
 from tests.reference import sparse_conv as reference
+from utils.device import triton_problem
 from utils.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -238,14 +239,14 @@ def test_a_gpu_on_which_triton_cannot_start_kernels_uses_torch_dense(monkeypatch
     """As on a machine without a C compiler: without a GPU, Triton's first attempt also fails."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu.unavailable_reason.cache_clear()
+    triton_problem.cache_clear()
     try:
         assert resolve_backend("auto", CUDA, depthwise=True) == "torch_dense"
         assert "slower torch_dense" in caplog.text
         with pytest.raises(UserError, match="C compiler"):
             resolve_backend("triton", CUDA, depthwise=True)
     finally:
-        gpu.unavailable_reason.cache_clear()
+        triton_problem.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4), (3, 3, 5), (3, 3)])
