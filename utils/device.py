@@ -136,11 +136,11 @@ def in_training(network, dtype, compiled):
     if dtype == torch.float32 or not places:
         return function
 
-    def call(*arguments):
+    def call(*arguments, **options):
         weights = [parameters[name] for parameters, name in places]
         _set(places, _Cast.apply(dtype, *weights))
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         finally:
             _set(places, weights)
 
