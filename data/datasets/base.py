@@ -184,8 +184,9 @@ class ImageDataset:
                           "replaces it, and likewise for any others", stacklevel=3)
         self._unreadable.add(index)
         if too_many_unreadable(len(self._unreadable), len(self)):
-            raise UserError(f"data.root_dir='{self.root}': {len(self._unreadable)} of {len(self)} images cannot be "
-                            f"read, for example {self.label(index)} ({error}); at most 1 % may be unreadable, so "
+            part = "training" if self.train else "held-out"
+            raise UserError(f"data.root_dir='{self.root}': {len(self._unreadable)} of {len(self)} {part} images cannot "
+                            f"be read, for example {self.label(index)} ({error}); at most 1 % may be unreadable, so "
                             "repair or remove such files")
 
 

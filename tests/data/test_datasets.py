@@ -213,7 +213,7 @@ def test_more_than_one_percent_of_bad_images_is_too_much(tmp_path):
     with pytest.warns(UserWarning):
         dataset[1]
     dataset[1]  # the same one counts once
-    with pytest.raises(UserError, match="2 of 20 images cannot be read, for example 00000.png"):
+    with pytest.raises(UserError, match="2 of 20 training images cannot be read, for example 00000.png"):
         dataset[0]
 
 

@@ -253,4 +253,4 @@ def test_more_than_one_percent_of(base, tmp_path, layout):
     overrides = ["--config.data.name=folder", f"--config.data.root_dir={tmp_path / 'data'}"]
     begun = ("out", "tiny", ".lock", "images", "config.json", "metrics.jsonl")
     line = refused(tmp_path, TRAIN, *base, *overrides, may_write=begun)
-    assert "2 of 20 images cannot be read" in line and "repair or remove such files" in line
+    assert "2 of 20 training images cannot be read" in line and "repair or remove such files" in line
