@@ -12,6 +12,8 @@ def get_config():
     config.run.experiment = "random_fields_flow"
     config.model.z_dim = 0
     config.diffusion.objective = "few_step"
+    config.model.operator = "consistent"
+    config.diffusion.data_std = 0.18
     config.diffusion.precondition = False
     config.diffusion.balance_loss = False
     return config

@@ -5,8 +5,8 @@ import torch
 from utils import distributed
 from utils.errors import UserError
 
-ALPHA_FALLS = 0.15, 0.6  # fractions of the training between which alpha of JumpTimes falls from 1
-LAST_ALPHA, LAST_TIME = 0.1, 0.98
+ALPHA_FALLS = 0.15, 0.7  # fractions of the training between which alpha of JumpTimes falls from 1
+LAST_ALPHA, LAST_TIME = 0.03, 0.98
 
 
 class UniformSampler:
@@ -115,8 +115,7 @@ class JumpTimes(UniformSampler):
 
     Half of the samples are flow matching, t = s = r with t uniform. For the others (t, r) are two uniforms in order, or
     r = 1 for half of them, and s = alpha r + (1 - alpha) t. t is at most LAST_TIME: the weight of the loss is infinite
-    at 1. alpha is 1 at first, so that velocities are learnt before
-    what depends on them, and then falls linearly.
+    at 1. alpha is 1 at first, so that velocities are learnt before what depends on them, and then falls geometrically.
     """
 
     def __init__(self, max_steps):
@@ -126,7 +125,7 @@ class JumpTimes(UniformSampler):
     def alpha(self, step):
         """alpha in training step `step`, a float."""
         first, last = ALPHA_FALLS
-        return 1 + (LAST_ALPHA - 1) * min(max((step / self.max_steps - first) / (last - first), 0.0), 1.0)
+        return LAST_ALPHA ** min(max((step / self.max_steps - first) / (last - first), 0.0), 1.0)
 
     def sample(self, uniform, step):
         """Times (t, s, r) float32 [B, 3] and weights 1, float32 [B], from uniform draws [B, 2] in [0, 1)."""
