@@ -219,7 +219,7 @@ def test_too_many_unreadable_images_stop_it_again_and_again(source, output, tmp_
     for i in (3, 40):
         (tmp_path / "source" / f"{i:05d}.png").write_text("lost")
     for _ in range(2):
-        with pytest.raises(UserError, match="2 of 50 training images cannot be read"):
+        with pytest.raises(UserError, match="2 of 50 images cannot be read"):
             prepare(source, output)
     with pytest.raises(UserError, match="unfinished"):
         build_dataset(at(source, output), True)
