@@ -41,6 +41,11 @@ def run(environment, *command):
     return ran.stdout
 
 
+def last_step(out):
+    """The line of nullgpu/steps.py: launches, waits, memory in GiB."""
+    return json.loads([line for line in out.splitlines() if line.startswith("[")][-1])
+
+
 def test_a_step_of_the_published_model_never_waits(environment, tmp_path):
     """Batch 4 of ffhq_256, as a rank of eight has it: launches and peak memory within what was measured."""
     out = run(environment, "tests/nullgpu/steps.py", "train_inf_ae_diffusion.py", "--config",
@@ -50,16 +55,29 @@ def test_a_step_of_the_published_model_never_waits(environment, tmp_path):
               "--config.train.batch_size=4", "--config.train.max_steps=4", "--config.train.compile=False",
               "--config.data.num_workers=0", "--config.train.validate_steps=100", "--config.train.plot_graph_steps=100",
               "--config.train.checkpoint_steps=100", "--config.train.plot_samples_steps=0")
-    launches, waits, memory = json.loads(out.strip().splitlines()[-1])
+    launches, waits, memory = last_step(out)
     assert launches <= 2800 and waits == 0 and memory <= 12
 
 
-def test_both_stages_train_without_a_wait(environment, tmp_path):
-    first, second = tiny_config(tmp_path, name="tissue"), tiny_latent_config(tmp_path)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tensors_meet_on_one_device(environment, tmp_path, ranks):
+    """Both stages without a wait, samples at two sizes, reconstructions."""
+    first, second = tiny_config(tmp_path, name="function"), tiny_latent_config(tmp_path)
+    first.data.function, first.data.channels = "data.random_fields:gaussian_field", 1
+    first.data.num_functions, first.data.num_heldout_functions = 64, 8
     for config in (first, second):
-        config.run.device, config.train.compile = "cuda", False
-        config.train.validate_steps = config.train.plot_samples_steps = 100
+        config.run.device, config.train.compile, config.train.nonfinite = "cuda", False, "skip"
+        config.train.validate_steps = config.train.plot_samples_steps = config.train.plot_graph_steps = 100
     auto = ["--config", write_config_file(first, tmp_path / "first.py")]
     both = ["--config", write_config_file(second, tmp_path / "second.py"), "--decoder_config", auto[1]]
-    run(environment, "tests/nullgpu/steps.py", "train_inf_ae_diffusion.py", *auto)
-    run(environment, "tests/nullgpu/steps.py", "train_latent_diffusion.py", *both)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    for script in (["train_inf_ae_diffusion.py", *auto], ["train_latent_diffusion.py", *both]):
+        out = run({**environment, "NULLGPU_COUNT": str(ranks)}, *launch, "tests/nullgpu/steps.py", *script)
+        assert last_step(out)[1] == 0
+    if ranks == 1:
+        sampling = ["--sampling_steps=2", "--num_samples=2", "--output"]
+        for size in (16, 64):
+            run(environment, "tests/nullgpu/steps.py", "experiments/generate_samples.py", *both,
+                "--latent_sampling_steps=2", f"--sample_img_size={size}", *sampling, tmp_path / f"samples_{size}")
+        run(environment, "tests/nullgpu/steps.py", "experiments/generate_recons.py", *auto, *sampling,
+            tmp_path / "reconstructions")
