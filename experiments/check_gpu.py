@@ -40,7 +40,7 @@ def main():
         runs = {"gpu": [], "gpu_fp32": ["--config.train.precision=fp32"], **runs}
     demo = ["--config", "configs/demo_config.py", f"--config.run.output_dir={output}",
             f"--config.train.max_steps={STEPS.value}", f"--config.train.plot_graph_steps={PLOTTED}"]
-    first = next(iter(runs))
+    first = next(iter(runs))  # reconstructs
     parts = {
         "Tests": ["-m", "pytest", "-q", "-m", "not slow", "tests/models", "tests/diffusion"],
         "Training step": ["experiments/benchmark.py", *config_arguments(), "--suites", "training,parts"],
@@ -53,12 +53,11 @@ def main():
     for name, arguments in parts.items():
         print(f"{name}: python {' '.join(arguments)}", flush=True)
         started = time.monotonic()
-        ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, encoding="utf-8",
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if ran.returncode:
             failed.append(name)
         page += [f"## {name}: {'failed' if ran.returncode else 'ok'}, {time.monotonic() - started:.0f} s",
-                 f"`python {' '.join(arguments)}`", f"```text\n{last_lines(ran.stdout)}\n```"]
+                 f"`python {' '.join(arguments)}`", f"```text\n{last_lines(ran.stdout.decode(errors='replace'))}\n```"]
         with replacing(output / "page.md") as temporary:  # after each part: an interrupted check keeps its results
             temporary.write_text("\n\n".join([*page, losses(output, runs)]) + "\n", encoding="utf-8")
     print(f"{len(parts) - len(failed)} of {len(parts)} parts are ok; the page is {output / 'page.md'}")
@@ -67,14 +66,14 @@ def main():
 
 
 def config_arguments():
-    """The arguments of this command that set the config."""
-    return [argument for place, argument in enumerate(sys.argv[1:], 1)
-            if argument.startswith("--config") or sys.argv[place - 1] == "--config"]
+    """The arguments of this command that set the config, with their values: --config=x or --config x."""
+    return [argument for before, argument in zip(sys.argv, sys.argv[1:], strict=False)
+            if argument.startswith("--config") or before.startswith("--config") and "=" not in before]
 
 
 def last_lines(text, count=40):
     """The last lines of a program's output; of a progress bar, its last state."""
-    lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    lines = [line.rstrip().split("\r")[-1] for line in text.split("\n")]
     return "\n".join([line for line in lines if line][-count:])
 
 
